@@ -1,0 +1,597 @@
+"""
+The canvas of autoresearch: a GPT, its optimizer and its training loop. The agent edits this file.
+
+    uv run train.py > run.log 2>&1
+
+Sections: hyperparameters, attention, model, optimizer, schedules, main. What an experiment may
+not touch (data, tokenizer, clock, metric, seed) comes from prepare.py.
+
+Shapes: B rows, T tokens of context, C model_dim, H heads, D head_dim, V vocabulary.
+"""
+
+import functools
+import math
+import resource
+import sys
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from kernels import get_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import prepare
+
+# ------------------------------------------------------------------------------------------------
+# Hyperparameters
+
+ON_CUDA = torch.cuda.is_available()
+
+DEPTH = 8 if ON_CUDA else 4  # layers; the main size knob
+ASPECT_RATIO = 64  # model_dim = DEPTH * ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
+HEAD_DIM = 128 if ON_CUDA else 64  # channels a head
+WINDOW_PATTERN = "SSSL" if ON_CUDA else "L"  # S: half the context, L: all; cycled, the last is L
+ROPE_BASE = 10_000  # longest wavelength of the rotary embedding, tokens over 2 pi
+
+TOTAL_BATCH_SIZE = 2**19 if ON_CUDA else 2**12  # tokens an optimizer step
+DEVICE_BATCH_SIZE = 128 if ON_CUDA else 8  # rows a forward pass; halved when out of memory
+
+EMBEDDING_LR = 0.6  # AdamW: token and value embeddings, at model_dim 768
+UNEMBEDDING_LR = 0.004  # AdamW: lm_head, at model_dim 768
+MATRIX_LR = 0.04  # Muon: matrices in the blocks
+SCALAR_LR = 0.5  # AdamW: x0_lambdas; a hundredth of it for resid_lambdas
+WEIGHT_DECAY = 0.2  # Muon, cautious, falling to 0
+ADAM_BETAS = (0.8, 0.95)  # decay of the first and second moment
+
+WARMUP_RATIO = 0.0  # share of the time budget in which the rates rise
+WARMDOWN_RATIO = 0.5  # share in which they fall
+FINAL_LR_FRAC = 0.0  # what is left of the rates at the end
+
+# ------------------------------------------------------------------------------------------------
+# Attention
+
+
+@functools.cache
+def flash_attention_3():
+    """Return flash_attn_func of FlashAttention-3 from the Hub (Shah et al., arXiv 2407.08608)."""
+    return get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+
+
+def choose_attention(device):
+    """Return the backend for the device: "flash-attn3", "flex" or "sdpa"; say why not the first."""
+    if device.type != "cuda":
+        return "sdpa"
+    try:
+        capability = torch.cuda.get_device_capability(device)
+        if capability[0] != 8 and capability != (9, 0):
+            raise RuntimeError(f"not built for compute capability {capability}")
+        q = torch.randn(1, 128, 1, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        flash_attention_3()(q, q, q, causal=True, window_size=(32, 0)).sum().backward()
+        torch.cuda.synchronize()
+        return "flash-attn3"
+    except Exception as error:
+        print(f"attention: no flash-attn3, using flex: {first_line(error)}")
+        return "flex"
+
+
+def make_attention(backend, seq_len, window, device):
+    """Return causal attention in which a query sees itself and `window` tokens before it.
+
+    The function maps q (B, T, H, D) and k, v (B, T, H_kv, D) to (B, T, H, D); T is seq_len.
+    """
+    window = min(window, seq_len)
+    if backend == "flash-attn3":
+        attend = flash_attention_3()
+        return lambda q, k, v: attend(q, k, v, causal=True, window_size=(window, 0))
+
+    def banded(b, h, query, key):
+        return (key <= query) & (query - key <= window)
+
+    if backend == "flex":
+        mask = create_block_mask(banded, None, None, seq_len, seq_len, device=device)
+        attend = functools.partial(flex_attention, block_mask=mask)
+    else:
+        position = torch.arange(seq_len, device=device)
+        mask = None if window >= seq_len - 1 else banded(0, 0, position[:, None], position)
+        attend = functools.partial(
+            F.scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None
+        )
+
+    def heads_first(q, k, v):
+        gqa = q.size(2) != k.size(2)
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=gqa)
+        return y.transpose(1, 2)
+
+    return heads_first
+
+
+# ------------------------------------------------------------------------------------------------
+# Model
+
+
+class Linear(nn.Linear):
+    """Linear map without bias; float32 weights are cast to the dtype of the input, like autocast.
+
+    The weights are not initialised here: GPT.init_weights does it, after warm-up.
+    """
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def norm(x):
+    """RMSNorm over the last dimension, without a gain (Zhang and Sennrich, arXiv 1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotary_tables(seq_len, head_dim, device):
+    """Return cos and sin, each float32 (seq_len, 1, head_dim / 2)."""
+    channels = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    angles = torch.outer(
+        torch.arange(seq_len, device=device, dtype=torch.float32),
+        ROPE_BASE ** (-channels / head_dim),
+    )
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def apply_rotary(x, cos, sin):
+    """Rotate the channel pairs of x (B, T, H, D) by position (Su et al., arXiv 2104.09864)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RoPE, QK-norm and, where asked for, gated value embeddings.
+
+    QK-norm: Henry et al., arXiv 2010.04245. Value embeddings: Zhou et al., "Value Residual
+    Learning" (ResFormer), arXiv 2410.17897.
+    """
+
+    def __init__(self, model_dim, n_head, n_kv_head, has_value_embed, attend):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, model_dim // n_head
+        self.c_q = Linear(model_dim, n_head * self.head_dim)
+        self.c_k = Linear(model_dim, n_kv_head * self.head_dim)
+        self.c_v = Linear(model_dim, n_kv_head * self.head_dim)
+        self.c_proj = Linear(n_head * self.head_dim, model_dim)
+        self.gate = Linear(min(32, model_dim), n_kv_head) if has_value_embed else None
+        self.attend = attend
+
+    def forward(self, x, value_embed, cos, sin):
+        B, T, _ = x.shape
+        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
+        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        if value_embed is not None:
+            gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))  # (B, T, H_kv)
+            v = v + gate[..., None] * value_embed.view(v.shape)
+        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+        return self.c_proj(self.attend(q, k, v).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """Four times wide, relu squared (So et al., "Primer", arXiv 2109.08668)."""
+
+    def __init__(self, model_dim):
+        super().__init__()
+        self.c_fc = Linear(model_dim, 4 * model_dim)
+        self.c_proj = Linear(4 * model_dim, model_dim)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, model_dim, *attention_args):
+        super().__init__()
+        self.attn = Attention(model_dim, *attention_args)
+        self.mlp = MLP(model_dim)
+
+    def forward(self, x, value_embed, cos, sin):
+        x = x + self.attn(norm(x), value_embed, cos, sin)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer; the residual stream has dtype `dtype`, logits are float32."""
+
+    def __init__(
+        self, vocab_size, seq_len, depth, model_dim, n_head, n_kv_head, backend, dtype, device
+    ):
+        super().__init__()
+        self.dtype, self.windows = dtype, layer_windows(WINDOW_PATTERN, depth, seq_len)
+        table_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        with device:
+            self.wte = nn.Embedding(vocab_size, model_dim, dtype=table_dtype)
+            kv_dim = model_dim // n_head * n_kv_head
+            self.value_embeds = nn.ModuleDict(
+                {
+                    str(i): nn.Embedding(vocab_size, kv_dim, dtype=table_dtype)
+                    for i in range(depth)
+                    if i % 2 == (depth - 1) % 2  # every second layer, the last one included
+                }
+            )
+            attends = {w: make_attention(backend, seq_len, w, device) for w in set(self.windows)}
+            self.blocks = nn.ModuleList(
+                Block(model_dim, n_head, n_kv_head, str(i) in self.value_embeds, attends[window])
+                for i, window in enumerate(self.windows)
+            )
+            self.lm_head = Linear(model_dim, vocab_size)
+            self.resid_lambdas = nn.Parameter(torch.empty(depth))
+            self.x0_lambdas = nn.Parameter(torch.empty(depth))
+            cos, sin = rotary_tables(seq_len, model_dim // n_head, device)
+        self.register_buffer("cos", cos.to(dtype), persistent=False)
+        self.register_buffer("sin", sin.to(dtype), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Initialise every parameter from torch's global generator."""
+        nn.init.normal_(self.wte.weight, std=1.0)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        nn.init.constant_(self.resid_lambdas, 1.0)
+        nn.init.constant_(self.x0_lambdas, 0.1)
+        bound = math.sqrt(3 / self.wte.embedding_dim)  # a uniform law of std model_dim ** -0.5
+        for block in self.blocks:
+            attn = block.attn
+            for layer in (attn.c_q, attn.c_k, attn.c_v, block.mlp.c_fc):
+                nn.init.uniform_(layer.weight, -bound, bound)
+            for layer in (attn.c_proj, block.mlp.c_proj, attn.gate):
+                if layer is not None:
+                    nn.init.zeros_(layer.weight)
+        for table in self.value_embeds.values():
+            nn.init.uniform_(table.weight, -bound, bound)
+
+    def forward(self, idx, targets=None):
+        """Return logits (B, T, V), or with targets (B, T) the mean cross-entropy in nats."""
+        x = norm(self.wte(idx).to(self.dtype))
+        x0 = x
+        for i, block in enumerate(self.blocks):
+            x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
+            embed = (
+                self.value_embeds[str(i)](idx).to(x.dtype) if block.attn.gate is not None else None
+            )
+            x = block(x, embed, self.cos, self.sin)
+        logits = 15 * torch.tanh(self.lm_head(norm(x)).float() / 15)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def num_params(self):
+        """Return the number of parameters by kind."""
+        return {
+            "wte": self.wte.weight.numel(),
+            "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
+            "blocks": sum(p.numel() for p in self.blocks.parameters()),
+            "lm_head": self.lm_head.weight.numel(),
+            "scalars": self.resid_lambdas.numel() + self.x0_lambdas.numel(),
+        }
+
+    def flops_per_token(self):
+        """Return training FLOPs a token: 6 a matrix weight, 12 C a token attended to.
+
+        Convention of Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B: a causal mask is not
+        counted as a saving; a window is.
+        """
+        num_params = self.num_params()
+        attended = sum(min(window, self.cos.size(0)) for window in self.windows)
+        matrices = num_params["blocks"] + num_params["lm_head"]
+        return 6 * matrices + 12 * self.wte.embedding_dim * attended
+
+
+def layer_windows(pattern, depth, seq_len):
+    """Return the window of every layer, in tokens: S half the context, L all of it, the last L."""
+    sizes = {"S": seq_len // 2, "L": seq_len}
+    return [sizes[pattern[i % len(pattern)]] for i in range(depth - 1)] + [seq_len]
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimizer
+
+# The five steps of Amsel et al., "The Polar Express", arXiv 2505.16932: X -> aX + (bA + cA^2)X
+POLAR_EXPRESS = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
+
+
+def orthogonalize(grad):
+    """Return the nearest semi-orthogonal matrices, roughly: singular values near 1, bf16 (n, r, c).
+
+    The Frobenius norm bounds the spectral norm, so that the steps start within [0, 1].
+    """
+    X = grad.bfloat16()
+    tall = X.size(-2) > X.size(-1)
+    if tall:
+        X = X.mT
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        A = X @ X.mT
+        X = a * X + (b * A + c * (A @ A)) @ X
+    return X.mT if tall else X
+
+
+def muon_update(params, grads, momentum_buffer, second_moment, lr, momentum, weight_decay, beta2):
+    """Update stacked params (n, r, c) in place.
+
+    momentum_buffer (n, r, c) and second_moment, (n, r, 1) or (n, 1, c) along the longer side, are
+    state; lr, momentum and weight_decay are tensors, so that a new value compiles nothing.
+    Muon: Jordan et al., kellerjordan.github.io/posts/muon. NorMuon: Li et al., arXiv 2510.05491.
+    Cautious weight decay: Chen et al., arXiv 2510.12402.
+    """
+    momentum_buffer.lerp_(grads, 1 - momentum)
+    update = orthogonalize(grads.lerp(momentum_buffer, momentum)).float()  # Nesterov
+    across = -1 if second_moment.size(-1) == 1 else -2  # one scale a neuron, of the longer side
+    mean_square = update.square().mean(dim=across, keepdim=True)
+    second_moment.lerp_(mean_square, 1 - beta2)
+    scale = second_moment.clamp_min(1e-10).rsqrt()
+    old_norm = mean_square.sum(dim=(-2, -1), keepdim=True).sqrt()
+    new_norm = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
+    update = update * scale * (old_norm / new_norm.clamp_min(1e-10))
+    lr = lr * max(1, params.size(-2) / params.size(-1)) ** 0.5
+    decay = weight_decay * params * (update * params > 0)
+    params.sub_(lr * (update + decay))
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices, all of one shape in one stacked update; see muon_update."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, beta2=0.95, compile=None):
+        shapes = {}
+        for p in params:
+            shapes.setdefault(p.shape, []).append(p)
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2}
+        super().__init__([{"params": group} for group in shapes.values()], defaults)
+        self.update = compile(muon_update) if compile else muon_update
+
+    @torch.no_grad()
+    def step(self):
+        """Update all parameters; every one of them must have a gradient."""
+        for group in self.param_groups:
+            params = group["params"]
+            state = self.state[params[0]]  # of the whole stack
+            stack = torch.stack([p.data for p in params])
+            n, r, c = stack.shape
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(stack)
+                state["second_moment"] = stack.new_zeros((n, r, 1) if r >= c else (n, 1, c))
+            values = [group[key] for key in ("lr", "momentum", "weight_decay")]
+            self.update(
+                stack,
+                torch.stack([p.grad for p in params]),
+                state["momentum_buffer"],
+                state["second_moment"],
+                *torch.tensor(values).to(stack.device, non_blocking=True),
+                group["beta2"],
+            )
+            torch._foreach_copy_(params, list(stack.unbind(0)))
+
+
+def make_optimizers(model, compile=None):
+    """Return [AdamW, Muon]; check that every parameter of the model is in exactly one group."""
+    scale = (model.wte.embedding_dim / 768) ** -0.5
+
+    def group(params, lr, betas=ADAM_BETAS):
+        return {"params": list(params), "lr": lr, "betas": betas}
+
+    groups = [
+        group(model.lm_head.parameters(), UNEMBEDDING_LR * scale),
+        group(model.wte.parameters(), EMBEDDING_LR * scale),
+        group(model.value_embeds.parameters(), EMBEDDING_LR * scale),
+        group([model.resid_lambdas], SCALAR_LR / 100),
+        group([model.x0_lambdas], SCALAR_LR, betas=(0.96, 0.95)),
+    ]
+    adamw = torch.optim.AdamW(groups, eps=1e-10, weight_decay=0.0, fused=True)
+    muon = Muon(model.blocks.parameters(), MATRIX_LR, weight_decay=WEIGHT_DECAY, compile=compile)
+    optimizers = [adamw, muon]
+    grouped = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    if sorted(map(id, grouped)) != sorted(map(id, model.parameters())):
+        raise ValueError("every parameter must be in exactly one optimizer group")
+    for g in (g for o in optimizers for g in o.param_groups):
+        g["initial_lr"] = g["lr"]
+    return optimizers
+
+
+# ------------------------------------------------------------------------------------------------
+# Schedules
+
+
+def lr_multiplier(progress):
+    """Return what the rates are multiplied by at a progress of 0 to 1."""
+    if progress < WARMUP_RATIO:
+        return progress / WARMUP_RATIO
+    if progress <= 1 - WARMDOWN_RATIO:
+        return 1.0
+    left = (1 - progress) / WARMDOWN_RATIO
+    return left + (1 - left) * FINAL_LR_FRAC
+
+
+def muon_momentum(step):
+    """Return Muon's momentum at a step: 0.85, rising to 0.95."""
+    return 0.85 + 0.10 * min(step / 300, 1)
+
+
+def muon_weight_decay(progress):
+    """Return Muon's weight decay at a progress of 0 to 1."""
+    return WEIGHT_DECAY * (1 - progress)
+
+
+# ------------------------------------------------------------------------------------------------
+# Main
+
+# Dense bf16 peaks in FLOP/s by the vendors' datasheets; the first name that fits counts.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
+    "H100": 989.5e12,
+    "H200": 989.5e12,
+    "GH200": 989.5e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165.2e12,
+}
+
+
+def peak_flops(device_name):
+    """Return the peak of a device in FLOP/s, nan where it is not known."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), math.nan)
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+def choose_dtype(device):
+    """Return bf16 where the device computes in it, else float32."""
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        # On a CPU with native bf16 (AMD Zen 5) the products of this model ran 4 times faster in it.
+        flags = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
+def main():
+    # Device
+    kind = "cuda" if ON_CUDA else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(kind)
+    device_name = torch.cuda.get_device_name() if ON_CUDA else kind
+    dtype, backend = choose_dtype(device), choose_attention(device)
+    tokenizer = prepare.Tokenizer.from_directory()
+    vocab_size, seq_len = tokenizer.vocab_size, prepare.MAX_SEQ_LEN
+    n_head = math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)
+    model_dim = n_head * HEAD_DIM
+    rows, compile = DEVICE_BATCH_SIZE, None
+    if kind != "mps":
+        compile = functools.partial(torch.compile, dynamic=False)
+    print(f"device: {device_name}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}")
+    print(f"corpus: {prepare.CORPUS}, seed {prepare.SEED}, {vocab_size} tokens, context {seq_len}")
+
+    # Warm-up on made-up tokens, before the clock: all that can fail or must be compiled is tried
+    while True:
+        if TOTAL_BATCH_SIZE % (rows * seq_len):
+            sys.exit(f"train.py: TOTAL_BATCH_SIZE must be a multiple of {rows} rows of {seq_len}")
+        try:
+            args = (vocab_size, seq_len, DEPTH, model_dim, n_head, n_head, backend, dtype, device)
+            model = GPT(*args)
+            model.init_weights()
+            optimizers = make_optimizers(model, compile)
+            forward = compile(model) if compile else model
+            inputs = torch.randint(vocab_size, (rows, seq_len), device=device)
+            forward(inputs, inputs).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                optimizer.state.clear()
+            prepare.score_batch(forward.eval(), inputs, inputs, vocab_size)
+            forward.train()
+            break
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                sys.exit("train.py: out of memory with a single row: make the model smaller")
+            print(f"out of memory with {rows} rows a forward pass, trying {rows // 2}")
+            rows //= 2
+            model = forward = optimizers = inputs = None
+            torch.cuda.empty_cache()
+        except Exception as error:
+            if compile is None:
+                raise
+            print(f"torch.compile failed, running eagerly: {first_line(error)}")
+            compile, backend = None, "sdpa" if backend == "flex" else backend
+    grad_accum_steps = TOTAL_BATCH_SIZE // (rows * seq_len)
+    torch.manual_seed(prepare.SEED)
+    model.init_weights()
+    flops_per_token, num_params = model.flops_per_token(), model.num_params()
+    print(f"attention: {backend}, compile: {'yes' if compile else 'no'}")
+    print(f"parameters: {sum(num_params.values()):,} {num_params}")
+    print(f"FLOPs a token: {flops_per_token:.4e}, {grad_accum_steps} passes of {rows} rows a step")
+
+    # Training
+    loader = prepare.make_dataloader(tokenizer, rows, seq_len, "train", device)
+    loss_sum, smooth_loss = torch.zeros((), device=device), torch.zeros((), device=device)
+    step, shown_step, shown_at, peak = 0, 0, 0.0, peak_flops(device_name)
+    terminal = sys.stdout.isatty()
+    interval = 0.5 if terminal else prepare.TIME_BUDGET / 90  # seconds between reports
+    for micro_step, (inputs, targets) in enumerate(loader, 1):
+        loss = forward(inputs, targets)
+        (loss / grad_accum_steps).backward()
+        loss_sum += loss.detach() / grad_accum_steps
+        if micro_step % grad_accum_steps:
+            continue
+        progress = loader.progress
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * lr_multiplier(progress)
+                if isinstance(optimizer, Muon):
+                    group["momentum"] = muon_momentum(step)
+                    group["weight_decay"] = muon_weight_decay(progress)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        smooth_loss.lerp_(loss_sum, max(0.1, 1 / step))
+        loss_sum.zero_()
+
+        due = step == 1 or loader.elapsed - shown_at >= interval
+        if due or not ON_CUDA:  # reading the loss makes the host wait for the GPU
+            train_loss = smooth_loss.item()
+            if not math.isfinite(train_loss):
+                sys.exit(f"train.py: the loss is not finite at step {step}")
+        if due:
+            seconds_a_step = (loader.elapsed - shown_at) / (step - shown_step)
+            tokens_a_second = TOTAL_BATCH_SIZE / seconds_a_step
+            left = max(prepare.TIME_BUDGET - loader.elapsed, 0)
+            line = (
+                f"step {step:5d} ({loader.progress:6.1%}) | loss {train_loss:.4f} | "
+                f"lr x{lr_multiplier(progress):.2f} | {1000 * seconds_a_step:.0f} ms/step | "
+                f"{tokens_a_second:,.0f} tok/s | "
+                f"mfu {100 * tokens_a_second * flops_per_token / peak:.1f}% | "
+                f"epoch {loader.epoch} | {left:.0f} s left"
+            )
+            print(f"\r{line}" if terminal else line, end="" if terminal else "\n", flush=True)
+            shown_step, shown_at = step, loader.elapsed
+    if terminal:
+        print()
+    if step == 0 or not math.isfinite(smooth_loss.item()):
+        sys.exit(f"train.py: {'the loss is not finite' if step else 'no step was finished'}")
+    training_seconds = loader.elapsed
+
+    # Summary: fixed interface, program.md greps it
+    split = prepare.EVAL_SPLIT
+    bpb = prepare.evaluate_bpb(forward, tokenizer, rows, split)
+    if ON_CUDA:
+        peak_bytes = torch.cuda.max_memory_allocated()
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    total_tokens = step * TOTAL_BATCH_SIZE
+    summary = {
+        f"{split}_bpb": f"{bpb:.6f}",
+        "training_seconds": f"{training_seconds:.1f}",
+        "total_seconds": f"{time.monotonic() - prepare.PROCESS_START:.1f}",
+        "peak_vram_mb": f"{peak_bytes / 2**20:.1f}",
+        "mfu_percent": f"{100 * total_tokens * flops_per_token / training_seconds / peak:.2f}",
+        "total_tokens_M": f"{total_tokens / 1e6:.1f}",
+        "num_steps": f"{step}",
+        "num_params_M": f"{sum(num_params.values()) / 1e6:.1f}",
+        "depth": f"{DEPTH}",
+    }
+    print("---")
+    for key, value in summary.items():
+        print(f"{key + ':':<18}{value}")
+    return {key: float(value) for key, value in summary.items()}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted")
