@@ -487,12 +487,13 @@ def main():
             optimizers = make_optimizers(model, compile)
             forward = compile(model) if compile else model
             inputs = torch.randint(vocab_size, (rows, seq_len), device=device)
-            forward(inputs, inputs).backward()
+            targets = torch.randint(vocab_size, (rows, seq_len), device=device)
+            forward(inputs, targets).backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 optimizer.state.clear()
-            prepare.score_batch(forward.eval(), inputs, inputs, vocab_size)
+            prepare.score_batch(forward.eval(), inputs, targets, vocab_size)
             forward.train()
             break
         except torch.OutOfMemoryError:
