@@ -9,7 +9,6 @@ metric, command line.
 
 import argparse
 import base64
-import contextlib
 import faulthandler
 import fcntl
 import hashlib
@@ -23,7 +22,8 @@ import sys
 import sysconfig
 import time
 from bisect import bisect_right
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,6 @@ import rustbpe
 import tiktoken
 import torch
 import torch.nn.functional as F
-from requests.adapters import HTTPAdapter, Retry
 
 # --- Contract -------------------------------------------------------------------------------------
 
@@ -57,7 +56,7 @@ CORPUS = setting("AUTORESEARCH_CORPUS", CORPUS, "climbmix|python")
 EVAL_SPLIT = setting("AUTORESEARCH_SPLIT", "val", "val|test")  # test: for the person alone
 SEED = int(setting("AUTORESEARCH_SEED", "42", "[0-9]{1,18}"))  # no hyperparameter: noise
 CACHE_DIR = Path(setting("AUTORESEARCH_CACHE", "~/.cache/autoresearch", ".+")).expanduser()
-HF_ENDPOINT = setting("HF_ENDPOINT", "https://huggingface.co", "https?://.+")
+HF_ENDPOINT = setting("HF_ENDPOINT", "https://huggingface.co", "https?://.+").rstrip("/")
 
 MAX_SEQ_LEN = 2048 if CORPUS == "climbmix" else 512  # tokens of context
 VOCAB_SIZE = 8192 if CORPUS == "climbmix" else 4096  # tokens, special ones included
@@ -66,24 +65,26 @@ TIME_BUDGET = 300  # seconds of training, from the first training batch
 HARD_LIMIT = 600  # seconds of process life, then the process is ended
 MAX_IDLE = 10  # seconds from the end of training to the evaluation
 
-VAL_SHARD, TEST_SHARD = 6542, 6541  # in both corpora; every other shard is training
+VAL_SHARD, TEST_SHARD = "shard_06542", "shard_06541"  # every other shard is training
 NUM_TRAIN_SHARDS = 20  # about 1.1 G tokens: 500 M packed ones, crops lost, stay within one epoch
-PYTHON_CORPUS_BYTES = 100e6  # text taken from the environment, at most
+PYTHON_CORPUS_CHARS = 10**8  # text taken from the environment, at most
 SHARD_DOCUMENTS, GROUP_DOCUMENTS = 2**16, 1024  # documents a python shard, and a row group
-DOWNLOAD_TRIES, DOWNLOAD_TIMEOUT, MAX_WAIT = 5, 15, 10  # a file; seconds; seconds
+DOWNLOAD_TRIES, MAX_WAIT = 4, 10  # a file; seconds between two tries, whatever the server wants
+DOWNLOAD_TIMEOUT = (3, 15)  # seconds to connect to one address, and without a byte
 
 SPLIT_PATTERN = (  # GPT-4's, with numbers in groups of at most two digits
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # the first one begins every document
+SPECIAL_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(4))  # the first begins every document
 TRAIN_CHARS, TRAIN_DOCUMENT_CHARS = 10**9, 10_000  # characters the tokenizer is trained on
 
 BUFFER_DOCUMENTS = 1000  # documents the packer chooses from
 SCORE_TOKENS = 8192  # tokens whose log-softmax is in memory at once
-PROBE_ROWS = 32  # rows that the causality probe cuts, at least
+PROBE_ROWS = 128  # rows that the causality probe cuts, at least
 PROBE_TOLERANCE = 1e-3  # nats; equal inputs may differ by this much from pass to pass
 SHIPPED = {name: value for name, value in globals().items() if name.isupper()}
+PREPARE = "run `uv run prepare.py`"
 
 
 def contract():
@@ -96,18 +97,13 @@ def folder(kind):
     return CACHE_DIR / CORPUS / kind
 
 
-def shard_name(index):
-    return f"shard_{index:05d}"
-
-
 def shard_paths(kind, split):
     """Return the shards of a split, sorted; raise ContractError if there is none."""
-    held_out = {shard_name(VAL_SHARD): "val", shard_name(TEST_SHARD): "test"}
-    suffix = {"data": "parquet", "tokens": "arrow"}[kind]
-    paths = sorted(folder(kind).glob(f"{shard_name(0)[:6]}*.{suffix}"))
+    held_out = {VAL_SHARD: "val", TEST_SHARD: "test"}
+    paths = sorted(folder(kind).glob({"data": "*.parquet", "tokens": "*.arrow"}[kind]))
     paths = [path for path in paths if held_out.get(path.stem, "train") == split]
     if not paths:
-        raise ContractError(f"no {split} shard in {folder(kind)}: run `uv run prepare.py`")
+        raise ContractError(f"no {split} shard in {folder(kind)}: {PREPARE}")
     return paths
 
 
@@ -115,24 +111,23 @@ class Progress:
     """Print millions done and the rate: one updating line on a terminal, else now and then."""
 
     def __init__(self, label):
-        self.label, self.done, self.tty = label, 0, sys.stdout.isatty()
+        self.label, self.done, self.stopped, self.tty = label, 0, False, sys.stdout.isatty()
         self.start = self.shown = time.monotonic()
 
     def update(self, count, final=False):
-        self.done += count
-        now = time.monotonic()
+        self.done, now = self.done + count, time.monotonic()
         if final or now - self.shown > (0.2 if self.tty else 10):
             rate = self.done / (now - self.start + 1e-9)
             line = f"{self.label}: {self.done / 1e6:.1f} M, {rate / 1e6:.2f} M/s"
-            end = "\n" if final or not self.tty else ""
-            print(f"\r{line:<79}" if self.tty else line, end=end, flush=True)
+            line, end = (f"\r{line:<79}", "\n" * final) if self.tty else (line, "\n")
+            print(line, end=end, flush=True)
             self.shown = now
 
 
 # --- Corpora --------------------------------------------------------------------------------------
 
 
-def fetch(session, url, part, progress):
+def fetch(url, part, progress):
     """Download url into the file `part`, going on where an earlier try stopped.
 
     Raises requests.RequestException on trouble with the network, ValueError on a file that is not
@@ -140,68 +135,72 @@ def fetch(session, url, part, progress):
     """
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with session.get(url, headers=headers, stream=True, timeout=DOWNLOAD_TIMEOUT) as response:
+    with requests.get(url, headers=headers, stream=True, timeout=DOWNLOAD_TIMEOUT) as response:
         if response.status_code == 416:
             raise ValueError("nothing left to resume")
         response.raise_for_status()
         have = have if response.status_code == 206 else 0
-        length = response.headers.get("Content-Length")
-        announced = {"X-Linked-Size": str(have + int(length)) if length else ""}
-        for answer in (response, *response.history):
-            announced |= {k: v for k, v in answer.headers.items() if k.startswith("X-Linked-")}
-        with part.open("r+b" if have else "wb") as file:
-            digest = hashlib.sha256(file.read() if have else b"")
+        with part.open("ab" if have else "wb") as file:
             for chunk in response.iter_content(2**20):
-                file.write(chunk)
-                digest.update(chunk)
-                progress.update(len(chunk))
-            size = str(file.tell())
-    if announced["X-Linked-Size"] not in ("", size):
-        raise ValueError(f"{size} bytes where {announced['X-Linked-Size']} were announced")
-    sha256 = announced.get("X-Linked-Etag", "").strip('"')
-    if len(sha256) == 64 and sha256 != digest.hexdigest():
-        raise ValueError("sha256 differs from the one announced")
-    check_parquet(part)
+                if progress.stopped:
+                    raise ContractError("stopped")
+                progress.update(file.write(chunk))
+    linked = {}
+    for answer in (response, *response.history):
+        linked |= {name.lower(): value for name, value in answer.headers.items()}
+    length = response.headers.get("Content-Length")
+    announced = linked.get("x-linked-size") or (length and have + int(length))
+    if announced and int(announced) != part.stat().st_size:
+        raise ValueError(f"{part.stat().st_size} bytes where {announced} were announced")
+    sha256 = linked.get("x-linked-etag", "").strip('"')
+    with part.open("rb") as file:
+        if len(sha256) == 64 and sha256 != hashlib.file_digest(file, "sha256").hexdigest():
+            raise ValueError("sha256 differs from the one announced")
+    pq.read_metadata(part)  # raises a ValueError of its own if this is no parquet
 
 
-def download(index, progress):
+def download(stem, progress):
     """Bring one climbmix shard into the data folder; raise ContractError after the last try."""
-    path = folder("data") / f"{shard_name(index)}.parquet"
-    part, session = path.with_suffix(".part"), requests.Session()
+    path = folder("data") / f"{stem}.parquet"
+    part = path.with_suffix(".part")
     url = f"{HF_ENDPOINT}/datasets/karpathy/climbmix-400b-shuffle/resolve/main/{path.name}"
-    busy = {"status_forcelist": (408, 429, 500, 502, 503, 504), "retry_after_max": MAX_WAIT}
-    retry = Retry(DOWNLOAD_TRIES - 1, connect=0, read=0, backoff_factor=0.5, **busy)
-    session.mount("http", HTTPAdapter(max_retries=retry))
     for attempt in range(DOWNLOAD_TRIES):
-        time.sleep(min(2**attempt, MAX_WAIT) if attempt else 0)
+        wait = str(2**attempt)
         try:
-            fetch(session, url, part, progress)
+            fetch(url, part, progress)
             part.replace(path)
             return
+        except requests.RequestException as error:
+            reason, response = type(error).__name__, error.response
+            if response is not None:
+                reason, wait = response.status_code, response.headers.get("Retry-After", wait)
+                if reason < 500 and reason not in (408, 429):
+                    break
         except ValueError as error:  # not what was announced: begin again
             part.unlink(missing_ok=True)
             reason = error
-        except (requests.HTTPError, requests.exceptions.RetryError) as error:
-            reason = f"{type(error).__name__} {getattr(error.response, 'status_code', '')}"
-            break
-        except requests.RequestException as error:
-            reason = type(error).__name__
+        if attempt < DOWNLOAD_TRIES - 1:
+            time.sleep(min(int(wait), MAX_WAIT) if wait.isdecimal() else MAX_WAIT)
     advice = "run `uv run prepare.py` again, or set HF_ENDPOINT or AUTORESEARCH_CORPUS=python"
     raise ContractError(f"no {url} ({reason}): {advice}")
 
 
 def download_climbmix(num_shards):
     """Download the validation, the test and the first num_shards training shards (-1: all)."""
-    num_shards = TEST_SHARD if num_shards < 0 else min(num_shards, TEST_SHARD)
+    most = int(TEST_SHARD[-5:])
+    train = [f"shard_{i:05d}" for i in range(most if num_shards < 0 else min(num_shards, most))]
     folder("data").mkdir(parents=True, exist_ok=True)
     have = {path.stem for path in folder("data").glob("*.parquet")}
-    missing = [i for i in (VAL_SHARD, TEST_SHARD, *range(num_shards)) if shard_name(i) not in have]
+    missing = [stem for stem in (VAL_SHARD, TEST_SHARD, *train) if stem not in have]
     if missing:
-        print(f"downloading {len(missing)} shards of about 100 MB from {HF_ENDPOINT}")
+        print(f"downloading {len(missing)} shards of about 100 MB from {HF_ENDPOINT}", flush=True)
         progress, pool = Progress("bytes downloaded"), ThreadPoolExecutor(8)
+        downloads = [pool.submit(download, stem, progress) for stem in missing]
         try:
-            list(pool.map(lambda index: download(index, progress), missing))
+            for future in as_completed(downloads):
+                future.result()
         finally:
+            progress.stopped = True  # ends the other downloads after an error or Ctrl-C
             pool.shutdown(cancel_futures=True)
         progress.update(0, final=True)
 
@@ -214,13 +213,13 @@ def python_documents(roots):
     blocks in one split only. Nothing is taken twice.
     """
     files, unreadable = [], 0
-    for base, path in ((base, path) for base in roots for path in base.rglob("*.py")):
-        name = str(path.relative_to(base))
+    for root, path in ((base, path) for base in roots for path in base.rglob("*.py")):
+        name = str(path.relative_to(root))
         if "site-packages" not in name:  # below the standard library: another environment's
             try:
                 content = path.read_bytes()
                 files.append((hashlib.sha256(name.encode() + content).digest(), content.decode()))
-            except (OSError, UnicodeDecodeError):
+            except (OSError, UnicodeError):
                 unreadable += 1
     splits, seen, size = {"train": [], "val": [], "test": []}, set(), 0
     for digest, text in sorted(files):
@@ -228,57 +227,49 @@ def python_documents(roots):
         for block in re.split(r"\n{3,}(?=\S)", text.replace("\r\n", "\n")):
             document = block.strip("\n") + "\n"
             key = hashlib.sha256(document.encode()).digest()
-            if key not in seen and size < PYTHON_CORPUS_BYTES and document.strip():
+            if key not in seen and size < PYTHON_CORPUS_CHARS and document.strip():
                 seen.add(key)
                 splits[split].append((key, document))
                 size += len(document)
     return {split: [text for _, text in sorted(docs)] for split, docs in splits.items()}, unreadable
 
 
-def build_python(roots=None):
+def build_python():
     """Write the Python source of the running environment as parquet shards like climbmix's."""
-    with contextlib.suppress(ContractError):
+    with suppress(ContractError):
         return [shard_paths("data", split) for split in ("train", "val", "test")]
-    roots = roots or sorted({Path(sysconfig.get_path(p)) for p in ("stdlib", "purelib", "platlib")})
+    roots = sorted({Path(sysconfig.get_path(p)) for p in ("stdlib", "purelib", "platlib")})
     splits, unreadable = python_documents(roots)
     temporary = folder("data").with_name("data.tmp")
     for stale in (temporary, folder("data"), folder("tokens")):
         shutil.rmtree(stale, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for split, first in (("train", 0), ("val", VAL_SHARD), ("test", TEST_SHARD)):
-        if not splits[split]:
+    temporary.mkdir()
+    for split, texts in splits.items():
+        if not texts:
             raise ContractError(f"too little Python source below {roots}: no {split} documents")
-        size = SHARD_DOCUMENTS if split == "train" else len(splits[split])
-        for i, start in enumerate(range(0, len(splits[split]), size), first):
-            table = pa.table({"text": pa.array(splits[split][start : start + size], pa.string())})
-            path = temporary / f"{shard_name(i)}.parquet"
+        size = SHARD_DOCUMENTS if split == "train" else len(texts)
+        for i in range(0, len(texts), size):
+            stem = {"val": VAL_SHARD, "test": TEST_SHARD}.get(split, f"shard_{i // size:05d}")
+            table = pa.table({"text": pa.array(texts[i : i + size], pa.string())})
+            path = temporary / f"{stem}.parquet"
             pq.write_table(table, path, compression="zstd", row_group_size=GROUP_DOCUMENTS)
     temporary.replace(folder("data"))
     count = sum(map(len, splits.values()))
     print(f"python corpus: {count:,} documents; {unreadable} files were not readable")
 
 
-def check_parquet(path):
-    """Raise ValueError unless the file is whole parquet with a string column `text`."""
-    try:
-        schema = pq.read_schema(path)
-    except pa.ArrowException:
-        raise ValueError("not a parquet file") from None
-    if dict(zip(schema.names, schema.types, strict=True)).get("text") != pa.string():
-        raise ValueError("no string column `text`")
-
-
 def read_texts(path):
     """Yield the documents of a parquet shard that are not empty, a list a row group."""
     try:
-        check_parquet(path)
         with pq.ParquetFile(path) as file:
+            if file.schema_arrow.field("text").type != pa.string():
+                raise ValueError
             for group in range(file.num_row_groups):
-                texts = file.read_row_group(group, columns=["text"]).column("text").to_pylist()
+                texts = file.read_row_group(group, columns=["text"])["text"].to_pylist()
                 yield [text for text in texts if text]
-    except (ValueError, pa.ArrowException, OSError) as error:
-        reason = error if type(error) is ValueError else type(error).__name__
-        raise ContractError(f"{path}: {reason}: delete it, run `uv run prepare.py`") from None
+    except (ValueError, KeyError, OSError, pa.ArrowException):
+        reason = "not whole parquet with UTF-8 strings in a column `text`"
+        raise ContractError(f"{path} is {reason}: delete it, {PREPARE}") from None
 
 
 # --- Tokenizer training ---------------------------------------------------------------------------
@@ -290,21 +281,21 @@ def checksum(content):
 
 def train_tokenizer():
     """Train byte pair encoding on the training shards, unless done; write it as plain JSON."""
-    with contextlib.suppress(ContractError):
+    with suppress(ContractError):
         return Tokenizer.from_directory()
     progress = Progress("characters read for the tokenizer")
 
-    def texts():
-        for text in itertools.chain(
-            *itertools.chain(*map(read_texts, shard_paths("data", "train")))
-        ):
-            if progress.done < TRAIN_CHARS:
+    def documents():
+        for texts in itertools.chain(*map(read_texts, shard_paths("data", "train"))):
+            for text in texts:
                 yield text[:TRAIN_DOCUMENT_CHARS]
                 progress.update(min(len(text), TRAIN_DOCUMENT_CHARS))
+            if progress.done >= TRAIN_CHARS:
+                return
 
     num_tokens = VOCAB_SIZE - len(SPECIAL_TOKENS)
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(texts(), num_tokens, pattern=SPLIT_PATTERN)
+    trainer.train_from_iterator(documents(), num_tokens, pattern=SPLIT_PATTERN)
     progress.update(0, final=True)
     ranks = {rank: bytes(token) for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < num_tokens:
@@ -322,13 +313,10 @@ def train_tokenizer():
 
 
 def open_shard(path, tokenizer):
-    """Memory-map a token shard; raise ContractError if it is not whole or of another tokenizer."""
-    try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    except (pa.ArrowException, OSError):
-        raise ContractError(f"{path} is damaged: delete it, run `uv run prepare.py`") from None
+    """Memory-map a token shard; raise ValueError or OSError if it is not of this tokenizer."""
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
     if (reader.schema.metadata or {}).get(b"tokenizer") != tokenizer.sha256.encode():
-        raise ContractError(f"{path} is of another tokenizer: run `uv run prepare.py`")
+        raise ValueError
     return reader
 
 
@@ -345,7 +333,7 @@ def tokenize(tokenizer):
 
     for source in itertools.chain(*(shard_paths("data", s) for s in ("train", "val", "test"))):
         path = folder("tokens") / f"{source.stem}.arrow"
-        with contextlib.suppress(ContractError):
+        with suppress(ValueError, OSError):
             open_shard(path, tokenizer)
             continue
         temporary, pool = path.with_suffix(".tmp"), ThreadPoolExecutor(os.cpu_count())
@@ -392,14 +380,12 @@ class Tokenizer:
             if checksum(content) != sha256:
                 raise ValueError
         except OSError as error:
-            raise ContractError(
-                f"not prepared, {path}: {error.strerror}: run `uv run prepare.py`"
-            ) from None
+            raise ContractError(f"not prepared, {path}: {error.strerror}: {PREPARE}") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ContractError(f"{path} is damaged: run `uv run prepare.py`") from None
+            raise ContractError(f"{path} is damaged: {PREPARE}") from None
         if content["contract"] != contract():
-            made, now = (list(c.values()) for c in (content["contract"], contract()))
-            raise ContractError(f"{path} was made for {made}, not {now}: run `uv run prepare.py`")
+            made = content["contract"]
+            raise ContractError(f"{path} is made for {made}, not {contract()}: {PREPARE}")
         return cls([base64.b64decode(token) for token in content["tokens_base64"]], sha256)
 
     def encode(self, text):
@@ -421,19 +407,19 @@ class Tokenizer:
 def read_tokens(tokenizer, split):
     """Yield the documents of a split, uint16 arrays in memory-mapped files."""
     for path in shard_paths("tokens", split):
-        reader = open_shard(path, tokenizer)
-        for i in range(reader.num_record_batches):
-            try:
+        try:
+            reader = open_shard(path, tokenizer)
+            for i in range(reader.num_record_batches):
                 column = reader.get_batch(i).column(0)
                 column.validate(full=True)
                 values, offsets = column.values.to_numpy(), column.offsets.to_numpy().tolist()
-                whole = values.max(initial=0) < tokenizer.vocab_size
-            except (pa.ArrowException, OSError):
-                whole = False
-            if not whole:
-                raise ContractError(f"{path} is damaged: delete it, run `uv run prepare.py`")
-            for start, end in itertools.pairwise(offsets):
-                yield values[start:end]
+                if values.max(initial=0) >= tokenizer.vocab_size:
+                    raise ValueError
+                for start, end in itertools.pairwise(offsets):
+                    yield values[start:end]
+        except (ValueError, OSError, pa.ArrowException):
+            reason = "damaged or of another tokenizer"
+            raise ContractError(f"{path} is {reason}: delete it, {PREPARE}") from None
 
 
 def pack(documents, row_len):
