@@ -249,6 +249,18 @@ def test_loss_is_the_mean_cross_entropy_of_the_logits():
     torch.testing.assert_close(model(idx, targets).double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("loss_slice", [512, 20])  # tokens at a time, where the loss is sliced
+def test_gradients_are_those_of_the_plain_cross_entropy(loss_slice, monkeypatch):
+    monkeypatch.setattr(train, "LOSS_SLICE", loss_slice, raising=False)
+    model, idx, targets = shake(build()), tokens(3, 24), tokens(3, 24, seed=1)
+    (3 * model(idx, targets)).backward()
+    ours = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    (3 * torch.nn.functional.cross_entropy(model(idx).flatten(0, 1), targets.flatten())).backward()
+    for p, grad in zip(model.parameters(), ours, strict=True):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_model_is_causal_and_logits_are_capped_float32():
     model = shake(build(dtype=torch.bfloat16))
     with torch.no_grad():

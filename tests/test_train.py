@@ -35,8 +35,8 @@ SMALL = {  # for runs that test no learning; a constant that is not there any mo
     "DEPTH": "2",
     "ASPECT_RATIO": "32",
     "HEAD_DIM": "32",
-    "DEVICE_BATCH_SIZE": "4",
-    "TOTAL_BATCH_SIZE": "2**12",
+    "DEVICE_BATCH_SIZE": "2",
+    "TOTAL_BATCH_SIZE": "2**11",
 }
 PRELOAD = ["kernels", "pyarrow.parquet", "pytest", "requests", "rustbpe", "tiktoken", "torch"]
 PRELOAD += ["torch._dynamo", "torch.nn.attention.flex_attention", "torch.optim"]
@@ -51,12 +51,15 @@ import gc, os, signal, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 import prepare
-prepare.TIME_BUDGET, prepare.EVAL_TOKENS = {BUDGET_SECONDS}, 2**14
+prepare.TIME_BUDGET, prepare.EVAL_TOKENS = {BUDGET_SECONDS}, 2**13
+"""
+
+LITTLE_WORK = """
+prepare.EVAL_TOKENS, prepare.PROBE_ROWS = 2**12, 4
+torch.set_num_threads(1)
 """
 
 EAGER = """
-prepare.EVAL_TOKENS, prepare.PROBE_ROWS = 2**12, 4
-torch.set_num_threads(1)
 torch.compile = lambda f=None, **options: f or (lambda f: f)
 """
 
@@ -128,7 +131,7 @@ class Run:
 
     def __init__(self, path, cache, folder, scenario="", cwd=None, end=None, **variables):
         self.out, self.err = folder / "out", folder / "err"
-        script = BEGIN + EAGER + ON_BATCH + scenario + (end or run_script(path))
+        script = BEGIN + LITTLE_WORK + EAGER + ON_BATCH + scenario + (end or run_script(path))
         args = (script, cwd or folder, environment(cache, **variables), self.out, self.err)
         self.process = FORKSERVER.Process(target=forked, args=args, daemon=True)
         self.process.start()
@@ -429,10 +432,11 @@ def test_hang_is_ended_by_the_wall_with_all_stacks(fork, place):
     """The hang holds the interpreter's lock: nothing written in Python could end it."""
     wall = """
 import ctypes
+Clock.tick *= 4
 make_dataloader = prepare.make_dataloader
 
 def make_short(*args, **kwargs):
-    prepare.HARD_LIMIT = prepare.time.monotonic() - prepare.PROCESS_START + 2
+    prepare.HARD_LIMIT = prepare.time.monotonic() - prepare.PROCESS_START + 5
     return make_dataloader(*args, **kwargs)
 
 prepare.make_dataloader = make_short
@@ -470,8 +474,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(fork):
     assert run.status == 0, run.err
     summary_of(run.out)
     messages = [line for line in run.out.splitlines() if "out of memory" in line.lower()]
-    assert len(messages) == 2, "from 4 rows to 2, from 2 to 1"
-    assert "4" in messages[0] and "2" in messages[0] and "1" in messages[1]
+    assert len(messages) == 1 and re.search(r"\b2\b.*\b1\b", messages[0]), "from 2 rows to 1"
     assert run.err == ""
 
 
@@ -516,7 +519,7 @@ def test_not_prepared_says_what_to_run(fork, small, tmp_path):
 def test_no_compiler_falls_back_to_eager(small, prepared_cache, tmp_path):
     variables = {"PATH": "", "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", BEGIN + run_script(small)],
+        [sys.executable, "-c", BEGIN + LITTLE_WORK + run_script(small)],
         cwd=tmp_path,
         env=environment(prepared_cache, **variables),
         capture_output=True,
@@ -562,7 +565,7 @@ def test_closed_stdout_ends_the_run(small, prepared_cache, tmp_path):
     """As `uv run train.py | head -1` does."""
     with (tmp_path / "err").open("w") as err:
         process = subprocess.Popen(
-            [sys.executable, "-c", BEGIN + EAGER + run_script(small)],
+            [sys.executable, "-c", BEGIN + LITTLE_WORK + EAGER + run_script(small)],
             cwd=tmp_path,
             env=environment(prepared_cache),
             stdout=subprocess.PIPE,
