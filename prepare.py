@@ -8,7 +8,6 @@ metric, command line.
 """
 
 import argparse
-import base64
 import faulthandler
 import fcntl
 import hashlib
@@ -22,7 +21,7 @@ import sys
 import sysconfig
 import time
 from bisect import bisect_right
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,9 +34,8 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
+
 # --- Contract -------------------------------------------------------------------------------------
-
-
 class ContractError(SystemExit):
     """One line for the person who reads it; not caught, it ends the process with status 1."""
 
@@ -111,12 +109,12 @@ class Progress:
     """Print millions done and the rate: one updating line on a terminal, else now and then."""
 
     def __init__(self, label):
-        self.label, self.done, self.stopped, self.tty = label, 0, False, sys.stdout.isatty()
+        self.label, self.done, self.tty = label, 0, sys.stdout.isatty()
         self.start = self.shown = time.monotonic()
 
     def update(self, count, final=False):
         self.done, now = self.done + count, time.monotonic()
-        if final or now - self.shown > (0.2 if self.tty else 10):
+        if (final and self.done) or now - self.shown > (0.2 if self.tty else 10):
             rate = self.done / (now - self.start + 1e-9)
             line = f"{self.label}: {self.done / 1e6:.1f} M, {rate / 1e6:.2f} M/s"
             line, end = (f"\r{line:<79}", "\n" * final) if self.tty else (line, "\n")
@@ -125,13 +123,11 @@ class Progress:
 
 
 # --- Corpora --------------------------------------------------------------------------------------
-
-
 def fetch(url, part, progress):
     """Download url into the file `part`, going on where an earlier try stopped.
 
     Raises requests.RequestException on trouble with the network, ValueError on a file that is not
-    what the server announced. The Hub's redirect carries size and sha256 in X-Linked-* headers.
+    what the server announced: sha256 stands on the Hub's redirect, the length is urllib3's check.
     """
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
@@ -142,19 +138,12 @@ def fetch(url, part, progress):
         have = have if response.status_code == 206 else 0
         with part.open("ab" if have else "wb") as file:
             for chunk in response.iter_content(2**20):
-                if progress.stopped:
-                    raise ContractError("stopped")
                 progress.update(file.write(chunk))
-    linked = {}
-    for answer in (response, *response.history):
-        linked |= {name.lower(): value for name, value in answer.headers.items()}
-    length = response.headers.get("Content-Length")
-    announced = linked.get("x-linked-size") or (length and have + int(length))
-    if announced and int(announced) != part.stat().st_size:
-        raise ValueError(f"{part.stat().st_size} bytes where {announced} were announced")
-    sha256 = linked.get("x-linked-etag", "").strip('"')
     with part.open("rb") as file:
-        if len(sha256) == 64 and sha256 != hashlib.file_digest(file, "sha256").hexdigest():
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    for answer in (response, *response.history):
+        etag = answer.headers.get("X-Linked-Etag", "").strip('"')
+        if len(etag) == 64 and etag != sha256:
             raise ValueError("sha256 differs from the one announced")
     pq.read_metadata(part)  # raises a ValueError of its own if this is no parquet
 
@@ -194,14 +183,9 @@ def download_climbmix(num_shards):
     missing = [stem for stem in (VAL_SHARD, TEST_SHARD, *train) if stem not in have]
     if missing:
         print(f"downloading {len(missing)} shards of about 100 MB from {HF_ENDPOINT}", flush=True)
-        progress, pool = Progress("bytes downloaded"), ThreadPoolExecutor(8)
-        downloads = [pool.submit(download, stem, progress) for stem in missing]
-        try:
-            for future in as_completed(downloads):
-                future.result()
-        finally:
-            progress.stopped = True  # ends the other downloads after an error or Ctrl-C
-            pool.shutdown(cancel_futures=True)
+        progress = Progress("bytes downloaded")
+        for stem in missing:
+            download(stem, progress)
         progress.update(0, final=True)
 
 
@@ -273,8 +257,6 @@ def read_texts(path):
 
 
 # --- Tokenizer training ---------------------------------------------------------------------------
-
-
 def checksum(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -300,8 +282,8 @@ def train_tokenizer():
     ranks = {rank: bytes(token) for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < num_tokens:
         raise ContractError(f"the training text fills {len(ranks)} of {num_tokens} tokens only")
-    tokens = [base64.b64encode(ranks[rank]).decode() for rank in range(num_tokens)]
-    content = {"contract": contract(), "tokens_base64": tokens}
+    tokens = [ranks[rank].hex() for rank in range(num_tokens)]
+    content = {"contract": contract(), "tokens": tokens}
     folder("tokenizer").mkdir(exist_ok=True)
     temporary = folder("tokenizer") / "tokenizer.tmp"
     temporary.write_text(json.dumps({"sha256": checksum(content), **content}, indent=0))
@@ -310,14 +292,23 @@ def train_tokenizer():
 
 
 # --- Token shards ---------------------------------------------------------------------------------
-
-
-def open_shard(path, tokenizer):
-    """Memory-map a token shard; raise ValueError or OSError if it is not of this tokenizer."""
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    if (reader.schema.metadata or {}).get(b"tokenizer") != tokenizer.sha256.encode():
-        raise ValueError
-    return reader
+def read_tokens(path, tokenizer):
+    """Yield the documents of a token shard, uint16 arrays in a memory-mapped file."""
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        if (reader.schema.metadata or {}).get(b"tokenizer") != tokenizer.sha256.encode():
+            raise ValueError
+        for i in range(reader.num_record_batches):
+            column = reader.get_batch(i).column(0)
+            column.validate(full=True)
+            values, offsets = column.values.to_numpy(), column.offsets.to_numpy().tolist()
+            if values.max(initial=0) >= tokenizer.vocab_size:
+                raise ValueError
+            for start, end in itertools.pairwise(offsets):
+                yield values[start:end]
+    except (ValueError, OSError, pa.ArrowException):
+        reason = "damaged or of another tokenizer"
+        raise ContractError(f"{path} is {reason}: delete it, {PREPARE}") from None
 
 
 def tokenize(tokenizer):
@@ -333,8 +324,8 @@ def tokenize(tokenizer):
 
     for source in itertools.chain(*(shard_paths("data", s) for s in ("train", "val", "test"))):
         path = folder("tokens") / f"{source.stem}.arrow"
-        with suppress(ValueError, OSError):
-            open_shard(path, tokenizer)
+        with suppress(ContractError):
+            next(read_tokens(path, tokenizer), None)
             continue
         temporary, pool = path.with_suffix(".tmp"), ThreadPoolExecutor(os.cpu_count())
         with pool, pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
@@ -345,18 +336,14 @@ def tokenize(tokenizer):
                 writer.write_batch(pa.record_batch([column], schema=schema))
                 progress.update(offsets[-1])
         temporary.replace(path)
-    if progress.done:
-        progress.update(0, final=True)
+    progress.update(0, final=True)
 
 
 # --- Tokenizer ------------------------------------------------------------------------------------
-
-
 class Tokenizer:
     """Byte pair encoding; byte lengths come from the tokens' own bytes.
 
-    Attributes: vocab_size; bos_token_id; token_bytes, int32 (vocab_size,), the byte length of each
-    token, 0 for special tokens; sha256 of settings and tokens.
+    Attributes: vocab_size; bos_token_id; token_bytes, int32 (vocab_size,), 0 for special tokens.
     """
 
     def __init__(self, tokens, sha256):
@@ -383,10 +370,9 @@ class Tokenizer:
             raise ContractError(f"not prepared, {path}: {error.strerror}: {PREPARE}") from None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ContractError(f"{path} is damaged: {PREPARE}") from None
-        if content["contract"] != contract():
-            made = content["contract"]
+        if (made := content["contract"]) != contract():
             raise ContractError(f"{path} is made for {made}, not {contract()}: {PREPARE}")
-        return cls([base64.b64decode(token) for token in content["tokens_base64"]], sha256)
+        return cls([bytes.fromhex(token) for token in content["tokens"]], sha256)
 
     def encode(self, text):
         """Return the token ids of a string; special tokens in it are plain text."""
@@ -402,26 +388,6 @@ class Tokenizer:
 
 
 # --- Dataloader and clock -------------------------------------------------------------------------
-
-
-def read_tokens(tokenizer, split):
-    """Yield the documents of a split, uint16 arrays in memory-mapped files."""
-    for path in shard_paths("tokens", split):
-        try:
-            reader = open_shard(path, tokenizer)
-            for i in range(reader.num_record_batches):
-                column = reader.get_batch(i).column(0)
-                column.validate(full=True)
-                values, offsets = column.values.to_numpy(), column.offsets.to_numpy().tolist()
-                if values.max(initial=0) >= tokenizer.vocab_size:
-                    raise ValueError
-                for start, end in itertools.pairwise(offsets):
-                    yield values[start:end]
-        except (ValueError, OSError, pa.ArrowException):
-            reason = "damaged or of another tokenizer"
-            raise ContractError(f"{path} is {reason}: delete it, {PREPARE}") from None
-
-
 def pack(documents, row_len):
     """Yield rows of exactly row_len tokens, uint16, each beginning with a document.
 
@@ -450,17 +416,18 @@ class Dataloader:
     """Iterator over batches of packed rows; see make_dataloader."""
 
     clock_start = last_batch = None  # monotonic seconds; one clock a process, however many loaders
+    epoch = 1
 
     def __init__(self, tokenizer, batch_size, seq_len, split, device):
         self.batch_size, self.device, self.split = batch_size, torch.device(device), split
-        self.epoch, self.events, self.num_left = 1, [], EVAL_TOKENS // seq_len
-        self.rows = pack(self.documents(tokenizer), seq_len + 1)
+        self.num_left = math.inf if split == "train" else EVAL_TOKENS // seq_len
+        self.rows, self.events = pack(self.documents(tokenizer), seq_len + 1), []
 
     def documents(self, tokenizer):
-        yield from read_tokens(tokenizer, self.split)
-        while self.split == "train":
-            self.epoch += 1
-            yield from read_tokens(tokenizer, self.split)
+        epochs = itertools.count(1) if self.split == "train" else (1,)
+        for self.epoch in epochs:
+            for path in shard_paths("tokens", self.split):
+                yield from read_tokens(path, tokenizer)
 
     @property
     def elapsed(self):
@@ -474,15 +441,15 @@ class Dataloader:
         return self
 
     def __next__(self):
-        size = self.batch_size if self.split == "train" else min(self.batch_size, self.num_left)
+        size, train = min(self.batch_size, self.num_left), self.split == "train"
         self.num_left -= size
-        if self.split == "train" and self.device.type != "cpu":
+        if train and self.device.type != "cpu":
             # The host may be two batches ahead, so that the clock measures work done, not queued
             self.events.append(torch.get_device_module(self.device).Event())
             self.events[-1].record()  # reached when all that was queued so far is worked off
             if len(self.events) > 1:
                 self.events.pop(0).synchronize()
-        if size == 0 or (self.split == "train" and self.elapsed >= TIME_BUDGET):
+        if size == 0 or (train and self.elapsed >= TIME_BUDGET):
             raise StopIteration
         rows = list(itertools.islice(self.rows, size))
         if len(rows) < size:
@@ -493,10 +460,9 @@ class Dataloader:
             # its copy is done, so that no copy still queued can read another batch
             batch = batch.pin_memory()
         batch = batch.to(self.device, non_blocking=True)
-        if self.split == "train":
+        if train:
             Dataloader.last_batch = time.monotonic()
-            if self.clock_start is None:
-                Dataloader.clock_start = Dataloader.last_batch
+            Dataloader.clock_start = self.clock_start or Dataloader.last_batch
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
@@ -516,17 +482,15 @@ def make_dataloader(tokenizer, batch_size, seq_len, split, device):
 
 
 # --- Metric ---------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def score_batch(model, inputs, targets, vocab_size):
-    """Return -ln p(target) and the mean logit at every position, float32 (B, T) on the CPU.
+    """Return -ln p(target) and the mean logit at every position, float32 (2, B, T) on the CPU.
 
     Raises ContractError on logits of a wrong shape or that are not finite.
     """
     logits, expected = model(inputs), (*inputs.shape, vocab_size)
-    if not torch.is_tensor(logits) or logits.shape != expected:
-        got = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
+    got = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
+    if got != expected:
         raise ContractError(f"model(inputs) must return logits of shape {expected}, not {got}")
     scores = []
     for i in range(0, targets.numel(), SCORE_TOKENS):
@@ -536,7 +500,7 @@ def score_batch(model, inputs, targets, vocab_size):
     scores = torch.cat(scores, dim=1).view(2, *targets.shape)
     if not scores.isfinite().all():
         raise ContractError("the model's logits are not all finite")
-    return scores.unbind(0)
+    return scores
 
 
 def check_causality(model, inputs, targets, vocab_size, scores):
@@ -548,28 +512,24 @@ def check_causality(model, inputs, targets, vocab_size, scores):
     B, T = inputs.shape
     step = next(s for s in range(round(0.618 * T) + 1, 2 * T + 2) if math.gcd(s, T - 1) == 1)
     generator = torch.Generator().manual_seed(SEED)
-    for first in range(0, PROBE_ROWS if T > 1 else 0, B):
+    for first in range(0, PROBE_ROWS, B):
         cuts = (T - 2 - step * torch.arange(first, first + B)) % (T - 1)
         later = torch.arange(T) > cuts[:, None]
         shift = torch.randint(1, vocab_size, (B, T), generator=generator) * later
         changed = (inputs + shift.to(inputs.device)) % vocab_size
         after = score_batch(model, changed, targets, vocab_size)
-        moved = [(x - y).abs() > PROBE_TOLERANCE for x, y in zip(scores, after, strict=True)]
-        rows, positions = ((moved[0] | moved[1]) & ~later).nonzero(as_tuple=True)
-        if len(rows):
-            raise ContractError(
-                "the model is not causal, or not the same at every call: its logits at position "
-                f"{positions[0]} moved when only tokens after {cuts[rows[0]]} were changed"
-            )
+        moved = ((scores - after).abs() > PROBE_TOLERANCE).any(dim=0) & ~later
+        for row, position in moved.nonzero().tolist():
+            what = f"logits at {position} moved when only tokens after {cuts[row]} were changed"
+            raise ContractError(f"the model is not causal, or not the same at every call: {what}")
 
 
 def evaluate_bpb(model, tokenizer, batch_size, split="val"):
     """Return bits per byte on the first EVAL_TOKENS of a held-out split; lower is better.
 
     The sum of -ln p(target) over ln 2 times the sum of the targets' bytes; special tokens count in
-    neither. model(inputs) returns logits (B, T, vocab_size) for int64 inputs (B, T). Raises
-    ContractError on logits of a wrong shape, not finite, or dependent on later tokens, and when
-    training went on after its data had ended.
+    neither. Raises ContractError unless model(inputs) gives finite logits (B, T, vocab_size) that
+    do not depend on later tokens, and when training went on after its data had ended.
     """
     if Dataloader.clock_start is not None:
         idle = time.monotonic() - max(Dataloader.last_batch, Dataloader.clock_start + TIME_BUDGET)
@@ -594,8 +554,6 @@ def evaluate_bpb(model, tokenizer, batch_size, split="val"):
 
 
 # --- Command line ---------------------------------------------------------------------------------
-
-
 def main():
     parser = argparse.ArgumentParser(description="Prepare data and tokenizer, once.")
     text = "training shards of climbmix to download, -1: all (default: %(default)s)"
@@ -604,19 +562,15 @@ def main():
     try:
         home.mkdir(parents=True, exist_ok=True)
         with (home / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print("another prepare.py is at work on this corpus: waiting for it", flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)  # freed when that process ends
+            print(f"{CORPUS} in {home}, one prepare.py at a time", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # freed when its process ends, however it ends
             download_climbmix(num_shards) if CORPUS == "climbmix" else build_python()
             tokenize(train_tokenizer())
     except OSError as error:
         raise ContractError(f"{error.filename or home}: {error.strerror or error}") from None
     except KeyboardInterrupt:
         raise ContractError("interrupted: `uv run prepare.py` goes on from here") from None
-    print(f"{CORPUS} is ready in {home}, after {time.monotonic() - start:.0f} s")
-    print("next: uv run train.py")
+    print(f"ready after {time.monotonic() - start:.0f} s, next: uv run train.py")
 
 
 if __name__ == "__main__":

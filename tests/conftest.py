@@ -59,19 +59,25 @@ def corpus():
     return splits
 
 
+def make_cache(folder, corpus, **constants):
+    """Prepare a corpus, {split: documents}, in a cache folder; return the folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in constants.items():
+            patch.setattr(prepare, name, value)
+        patch.setattr(prepare, "CACHE_DIR", folder)
+        patch.setattr(prepare, "python_documents", lambda roots: (corpus, 0))
+        patch.setattr(sys, "argv", ["prepare.py"])
+        prepare.main()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def prepared_cache(corpus, tmp_path_factory):
     """A cache folder (AUTORESEARCH_CACHE) in which the python corpus is prepared, read only.
 
     val and test have enough text for the real EVAL_TOKENS.
     """
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "CACHE_DIR", folder)
-        patch.setattr(prepare, "python_documents", lambda roots: (corpus, 0))
-        patch.setattr(sys, "argv", ["prepare.py"])
-        prepare.main()
-    return folder
+    return make_cache(tmp_path_factory.mktemp("cache"), corpus)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,388 @@
+"""evaluate_bpb: what it measures, and what it refuses."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import make_cache
+
+import prepare
+
+T, NUM_ROWS, V = 64, 40, 320  # short rows and a small vocabulary, to look at every position
+
+
+@pytest.fixture(scope="module")
+def small_cache(corpus, tmp_path_factory):
+    texts = {split: documents[:1000] for split, documents in corpus.items()}
+    folder = tmp_path_factory.mktemp("small")
+    return make_cache(folder, texts, VOCAB_SIZE=V, MAX_SEQ_LEN=T)
+
+
+@pytest.fixture(autouse=True)
+def contract(small_cache, monkeypatch):
+    monkeypatch.setattr(prepare, "CACHE_DIR", small_cache)
+    monkeypatch.setattr(prepare, "VOCAB_SIZE", V)
+    monkeypatch.setattr(prepare, "MAX_SEQ_LEN", T)
+    monkeypatch.setattr(prepare, "EVAL_TOKENS", T * NUM_ROWS)
+
+
+@pytest.fixture
+def tokenizer(contract):
+    return prepare.Tokenizer.from_directory()
+
+
+class Causal(nn.Module):
+    """A random causal model: every layer mixes in the mean of all tokens up to here."""
+
+    def __init__(self, vocab_size, dtype=torch.float32, seed=0, scale=3.0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.wte, self.lm_head = nn.Embedding(vocab_size, 32), nn.Linear(32, vocab_size)
+        self.to(dtype)
+        self.scale = scale
+
+    def hidden(self, x):
+        x = self.wte(x)
+        count = torch.arange(1, x.size(1) + 1, dtype=x.dtype)[:, None]
+        return torch.tanh(x + x.cumsum(1) / count)
+
+    def forward(self, inputs):
+        return self.scale * self.lm_head(self.hidden(inputs))
+
+
+class Uniform(nn.Module):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size = vocab_size
+
+    def forward(self, inputs):
+        return torch.zeros(*inputs.shape, self.vocab_size)
+
+
+def held_out(tokenizer, split="val"):
+    return next(prepare.make_dataloader(tokenizer, NUM_ROWS, T, split, "cpu"))
+
+
+def bpb(model, tokenizer, batch_size=8, split="val"):
+    return prepare.evaluate_bpb(model, tokenizer, batch_size, split)
+
+
+def by_hand(model, tokenizer, split="val"):
+    """Bits per byte, a loop over positions in float64, from the bytes that decoding gives."""
+    inputs, targets = held_out(tokenizer, split)
+    log_p = F.log_softmax(model(inputs).double(), dim=-1)
+    nats, num_bytes = 0.0, 0
+    for b in range(inputs.size(0)):
+        for t in range(inputs.size(1)):
+            token = targets[b, t].item()
+            if token < tokenizer.bos_token_id:
+                nats -= log_p[b, t, token].item()
+                num_bytes += len(tokenizer.encoding.decode_single_token_bytes(token))
+    return nats / math.log(2) / num_bytes
+
+
+# ------------------------------------------------------------------------------------------------
+# The number
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_uniform_model_is_analytic(tokenizer, split):
+    _, targets = held_out(tokenizer, split)
+    scored = targets[targets < tokenizer.bos_token_id].tolist()
+    assert 0 < len(scored) < targets.numel()  # some are special and count in neither sum
+    num_bytes = sum(len(tokenizer.encoding.decode_single_token_bytes(t)) for t in scored)
+    expected = len(scored) * math.log2(tokenizer.vocab_size) / num_bytes
+    assert bpb(Uniform(tokenizer.vocab_size), tokenizer, split=split) == pytest.approx(expected)
+
+
+def test_random_model_equals_a_loop(tokenizer):
+    model = Causal(tokenizer.vocab_size)
+    assert bpb(model, tokenizer) == pytest.approx(by_hand(model, tokenizer), rel=1e-6)
+
+
+def test_certainty_costs_nothing_and_doubt_costs_one_bit(tokenizer):
+    class Oracle(nn.Module):  # knows val by heart; half of its mass is on a wrong token
+        def forward(self, inputs):
+            answers = torch.cat([inputs[:, 1:], last[: len(inputs)]], dim=1)
+            logits = torch.full((*inputs.shape, tokenizer.vocab_size), -50.0)
+            logits.scatter_(2, answers[..., None], 0.0)
+            return logits.scatter_(2, (answers[..., None] + 1) % tokenizer.vocab_size, 0.0)
+
+    inputs, targets = held_out(tokenizer)
+    last = targets[:, -1:]
+    num_bytes = tokenizer.token_bytes[targets]
+    scores = prepare.score_batch(Oracle(), inputs, targets, tokenizer.vocab_size)
+    assert scores[0].sum().item() == pytest.approx(targets.numel() * math.log(2), rel=1e-5)
+    assert num_bytes.sum() > targets.numel()  # so that a bit a token is less than a bit a byte
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 16, 39, 40, 1000])
+def test_same_rows_at_every_batch_size(tokenizer, batch_size):
+    model = Causal(tokenizer.vocab_size)
+    reference = bpb(model, tokenizer, batch_size=8)
+    assert bpb(model, tokenizer, batch_size) == pytest.approx(reference, rel=1e-6)
+
+
+def test_slices_do_not_change_the_scores(tokenizer, monkeypatch):
+    model, (inputs, targets) = Causal(tokenizer.vocab_size), held_out(tokenizer)
+    whole = prepare.score_batch(model, inputs, targets, tokenizer.vocab_size)
+    monkeypatch.setattr(prepare, "SCORE_TOKENS", 77)
+    sliced = prepare.score_batch(model, inputs, targets, tokenizer.vocab_size)
+    torch.testing.assert_close(sliced, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_false_alarm(tokenizer, dtype, seed):
+    model = Causal(tokenizer.vocab_size, dtype, seed, scale=[1, 3, 10, 30][seed])
+    assert bpb(model, tokenizer) == pytest.approx(by_hand(model, tokenizer), rel=1e-5)
+
+
+def test_no_false_alarm_for_attention(tokenizer):
+    class Attention(Causal):
+        def hidden(self, x):
+            q = self.wte(x)[:, None]
+            return F.scaled_dot_product_attention(q, q, q, is_causal=True)[:, 0]
+
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Attention(tokenizer.vocab_size, dtype)
+        assert bpb(model, tokenizer) == pytest.approx(by_hand(model, tokenizer), rel=1e-3)
+
+
+def test_view_on_a_shared_buffer_is_scored_rightly(tokenizer):
+    class Shared(Causal):
+        buffer = torch.empty(NUM_ROWS, T, tokenizer.vocab_size)
+
+        def forward(self, inputs):
+            view = self.buffer[: len(inputs)]
+            return view.copy_(super().forward(inputs))
+
+    expected = by_hand(Causal(tokenizer.vocab_size), tokenizer)
+    assert bpb(Shared(tokenizer.vocab_size), tokenizer) == pytest.approx(expected, rel=1e-6)
+
+
+def test_evaluation_mode_and_gradients(tokenizer):
+    class Watched(Causal):
+        def forward(self, inputs):
+            assert not self.training and not torch.is_grad_enabled()
+            return super().forward(inputs)
+
+    model = Watched(tokenizer.vocab_size).train()
+    bpb(model, tokenizer)
+    assert model.training
+
+
+# ------------------------------------------------------------------------------------------------
+# Models that look ahead
+
+
+class Peeking(Causal):
+    """Gives the next token away where `where` says so; `how` is how the token gets there."""
+
+    def __init__(self, vocab_size, where, how="next", shared=False):
+        super().__init__(vocab_size)
+        self.where, self.how = where, how
+        self.buffer = torch.empty(NUM_ROWS, T, vocab_size) if shared else None
+
+    def forward(self, inputs):
+        logits, length = super().forward(inputs), inputs.size(1)
+        if self.how == "next":
+            hint = F.one_hot(inputs.roll(-1, 1), logits.size(-1)) * 5.0
+            hint[:, -1] = 0  # nothing is later than the last token
+        elif self.how == "far":  # the token after the next
+            hint = F.one_hot(inputs.roll(-2, 1), logits.size(-1)) * 5.0
+            hint[:, -2:] = 0
+        elif self.how == "row":
+            hint = self.lm_head(self.wte(inputs)).mean(dim=1, keepdim=True)
+        elif self.how == "batch":
+            hint = self.lm_head(self.wte(inputs)).mean(dim=0, keepdim=True)
+        mask = torch.tensor([self.where(t, length) for t in range(length)])
+        logits = logits + hint * mask[:, None]
+        if self.buffer is None:
+            return logits
+        return self.buffer[: len(inputs)].copy_(logits)
+
+
+PEEKS = {
+    "everywhere": (lambda t, n: True, "next"),
+    "first half": (lambda t, n: t < n // 2, "next"),
+    "second half": (lambda t, n: t >= n // 2, "next"),
+    **{f"every fourth, {p}": (lambda t, n, p=p: t % 4 == p, "next") for p in range(4)},
+    **{f"every sixteenth, {p}": (lambda t, n, p=p: t % 16 == p, "next") for p in range(16)},
+    "last position": (lambda t, n: t == n - 2, "next"),
+    "first position": (lambda t, n: t == 0, "next"),
+    "one in the middle": (lambda t, n: t == 29, "next"),
+    "the token after the next": (lambda t, n: True, "far"),
+    "row mean": (lambda t, n: True, "row"),
+    "batch mean": (lambda t, n: True, "batch"),
+}
+
+
+@pytest.mark.parametrize("name", PEEKS)
+@pytest.mark.parametrize("batch_size", [3, 32])
+def test_peeking_is_refused(tokenizer, name, batch_size):
+    with pytest.raises(prepare.ContractError, match="not causal"):
+        bpb(Peeking(tokenizer.vocab_size, *PEEKS[name]), tokenizer, batch_size)
+
+
+def test_peeking_through_a_shared_buffer_is_refused(tokenizer):
+    with pytest.raises(prepare.ContractError, match="not causal"):
+        bpb(Peeking(tokenizer.vocab_size, *PEEKS["everywhere"], shared=True), tokenizer)
+
+
+@pytest.mark.parametrize("phase", range(16))
+@pytest.mark.parametrize("length", [512, 2048])
+def test_cuts_are_spread_over_a_row_of_full_length(length, phase):
+    """A stand-in of two tokens that sees the next one at every sixteenth position of full rows."""
+
+    class Narrow(nn.Module):
+        def forward(self, inputs):
+            later = inputs.roll(-1, 1) * (torch.arange(length) % 16 == phase)
+            later[:, -1] = 0
+            return torch.stack([torch.zeros(later.shape), later.float()], dim=-1)
+
+    inputs = torch.randint(2, (16, length), generator=torch.Generator().manual_seed(phase))
+    scores = prepare.score_batch(Narrow(), inputs, inputs, 2)
+    with pytest.raises(prepare.ContractError, match="not causal"):
+        prepare.check_causality(Narrow(), inputs, inputs, 2, scores)
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 64, 512, 513, 2048])
+def test_rows_of_any_length_can_be_probed(length):
+    model, inputs = Causal(11), torch.randint(11, (3, length))
+    scores = prepare.score_batch(model, inputs, inputs, 11)
+    prepare.check_causality(model, inputs, inputs, 11, scores)
+
+
+# ------------------------------------------------------------------------------------------------
+# Models that return something else
+
+
+def spoiled(change):
+    class Spoiled(Causal):
+        def forward(self, inputs):
+            return change(super().forward(inputs), inputs)
+
+    return Spoiled
+
+
+def put(value):
+    def change(logits, inputs):
+        logits[1, 2, 3] = value
+        return logits
+
+    return change
+
+
+OTHER = {
+    "a loss": (lambda x, _: x.mean(), "shape"),
+    "a loss a token": (lambda x, _: x.mean(dim=-1), "shape"),
+    "losses, in a tuple": (lambda x, _: (x, x.mean()), "tuple"),
+    "None": (lambda x, _: None, "NoneType"),
+    "a number": (lambda x, _: 1.0, "float"),
+    "numpy": (lambda x, _: x.numpy(), "shape|ndarray"),
+    "fewer tokens": (lambda x, _: x[..., :-1], "shape"),
+    "more tokens": (lambda x, _: F.pad(x, (0, 1)), "shape"),
+    "flat": (lambda x, _: x.flatten(0, 1), "shape"),
+    "the last position only": (lambda x, _: x[:, -1:], "shape"),
+    "rows left out": (lambda x, _: x[:-1], "shape"),
+    "one NaN": (put(math.nan), "finite"),
+    "one +inf": (put(math.inf), "finite"),
+    "one -inf": (put(-math.inf), "finite"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_anything_but_finite_logits_is_refused(tokenizer, name):
+    change, message = OTHER[name]
+    with pytest.raises(prepare.ContractError, match=message) as error:
+        bpb(spoiled(change)(tokenizer.vocab_size), tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_nan_in_the_last_batch_alone_is_refused(tokenizer):
+    held_inputs, _ = held_out(tokenizer)
+
+    def change(logits, inputs):
+        if torch.equal(inputs[-1], held_inputs[-1]):
+            logits[-1, -1, 0] = math.nan
+        return logits
+
+    with pytest.raises(prepare.ContractError, match="finite"):
+        bpb(spoiled(change)(tokenizer.vocab_size), tokenizer)
+
+
+def test_model_that_changes_between_calls_is_refused(tokenizer):
+    calls = []
+
+    def change(logits, inputs):
+        calls.append(1)
+        return logits + len(calls)
+
+    with pytest.raises(prepare.ContractError, match="not the same at every call"):
+        bpb(spoiled(change)(tokenizer.vocab_size), tokenizer)
+
+
+def test_dropout_left_on_is_refused(tokenizer):
+    def change(logits, inputs):
+        return F.dropout(logits, 0.1, training=True)
+
+    with pytest.raises(prepare.ContractError, match="not the same at every call"):
+        bpb(spoiled(change)(tokenizer.vocab_size), tokenizer)
+
+
+def test_half_precision_is_allowed(tokenizer):
+    half = spoiled(lambda x, _: x.half())(tokenizer.vocab_size)
+    assert bpb(half, tokenizer) == pytest.approx(by_hand(half, tokenizer), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# The clock and the constants
+
+
+def test_training_on_after_the_end_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare, "TIME_BUDGET", 0.1)
+    monkeypatch.setattr(prepare, "MAX_IDLE", 0.3)
+    hoard = list(prepare.make_dataloader(tokenizer, 2, T, "train", "cpu"))
+    assert len(hoard) > 1
+    model = Uniform(tokenizer.vocab_size)
+    bpb(model, tokenizer)  # at once: allowed
+    time.sleep(0.5)  # training on with the hoard
+    with pytest.raises(prepare.ContractError, match="after the training time was over"):
+        bpb(model, tokenizer)
+
+
+def test_a_last_batch_that_takes_long_is_no_idling(tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_IDLE", 0.2)
+    loader = prepare.make_dataloader(tokenizer, 2, T, "train", "cpu")
+    next(loader)
+    time.sleep(0.4)  # far from the end of TIME_BUDGET
+    assert bpb(Uniform(tokenizer.vocab_size), tokenizer) > 0
+
+
+def test_changed_constants_are_named_in_the_log(tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "TIME_BUDGET", 301)
+    monkeypatch.setattr(prepare, "PROBE_ROWS", 1)
+    bpb(Uniform(tokenizer.vocab_size), tokenizer)
+    lines = capsys.readouterr().out.splitlines()
+    assert "contract changed: TIME_BUDGET is 301, shipped as 300" in lines
+    assert any(line.startswith("contract changed: PROBE_ROWS is 1,") for line in lines)
+    assert not any("HARD_LIMIT" in line or "SEED" in line for line in lines)
+
+
+def test_unchanged_constants_are_not_named(tokenizer, monkeypatch, capsys):
+    shipped = {name: getattr(prepare, name) for name in prepare.SHIPPED}
+    monkeypatch.setattr(prepare, "SHIPPED", shipped)
+    bpb(Uniform(tokenizer.vocab_size), tokenizer)
+    assert capsys.readouterr().out == ""
+
+
+def test_all_constants_are_values_that_cannot_change_in_place():
+    for name, value in prepare.SHIPPED.items():
+        hash(value)
+        assert not isinstance(value, np.ndarray), name
+    assert {"TIME_BUDGET", "EVAL_TOKENS", "MAX_IDLE", "SEED", "MAX_SEQ_LEN"} <= set(prepare.SHIPPED)
