@@ -137,7 +137,7 @@ def fetch(url, part, progress):
         response.raise_for_status()
         have = have if response.status_code == 206 else 0
         with part.open("ab" if have else "wb") as file:
-            for chunk in response.iter_content(2**20):
+            for chunk in response.iter_content(2**14):
                 progress.update(file.write(chunk))
     with part.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
