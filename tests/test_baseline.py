@@ -716,9 +716,9 @@ def test_gpu_backends_equal_the_loop(backend, T, window, H, H_kv):
 def test_gpu_bf16_trains_like_float32():
     device = torch.device("cuda")
     half, full = (overfit(50, device, t, 128) for t in (torch.bfloat16, torch.float32))
-    for a, b in zip(half, full, strict=True):
-        assert a == pytest.approx(b, abs=0.15)
-    assert half[-1] < 0.2
+    difference = [abs(a - b) for a, b in zip(half, full, strict=True)]
+    assert max(difference) < 0.5 and sum(difference) / 50 < 0.1  # where it falls, it falls steeply
+    assert half[-1] == pytest.approx(full[-1], abs=0.02)
 
 
 def busy(device, count=8):

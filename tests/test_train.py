@@ -315,6 +315,8 @@ def test_figures_of_the_summary_are_true(seeds):
     a_step = handed_out / int(summary["num_steps"])
     tokens = 1e6 * float(summary["total_tokens_M"])
     assert handed_out - a_step - 5e4 <= tokens <= handed_out + 5e4  # of rounding
+    for ms, rate in re.findall(r"(\d+) ms/step \| ([\d,]+) tok/s", out):
+        assert float(rate.replace(",", "")) * float(ms) / 1000 == pytest.approx(a_step, rel=0.05)
     assert float(summary["num_params_M"]) == pytest.approx(
         int(last("num_params", out)) / 1e6, abs=0.051
     )
