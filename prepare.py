@@ -21,6 +21,7 @@ import sys
 import sysconfig
 import time
 from bisect import bisect_right
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -32,7 +33,7 @@ import requests
 import rustbpe
 import tiktoken
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy
 
 
 # --- Contract -------------------------------------------------------------------------------------
@@ -55,34 +56,31 @@ EVAL_SPLIT = setting("AUTORESEARCH_SPLIT", "val", "val|test")  # test: for the p
 SEED = int(setting("AUTORESEARCH_SEED", "42", "[0-9]{1,18}"))  # no hyperparameter: noise
 CACHE_DIR = Path(setting("AUTORESEARCH_CACHE", "~/.cache/autoresearch", ".+")).expanduser()
 HF_ENDPOINT = setting("HF_ENDPOINT", "https://huggingface.co", "https?://.+").rstrip("/")
-
 MAX_SEQ_LEN = 2048 if CORPUS == "climbmix" else 512  # tokens of context
 VOCAB_SIZE = 8192 if CORPUS == "climbmix" else 4096  # tokens, special ones included
 EVAL_TOKENS = 40 * 2**19 if CORPUS == "climbmix" else 2**18  # tokens scored
 TIME_BUDGET = 300  # seconds of training, from the first training batch
 HARD_LIMIT = 600  # seconds of process life, then the process is ended
 MAX_IDLE = 10  # seconds from the end of training to the evaluation
-
 VAL_SHARD, TEST_SHARD = "shard_06542", "shard_06541"  # every other shard is training
 NUM_TRAIN_SHARDS = 20  # about 1.1 G tokens: 500 M packed ones, crops lost, stay within one epoch
 PYTHON_CORPUS_CHARS = 10**8  # text taken from the environment, at most
 SHARD_DOCUMENTS, GROUP_DOCUMENTS = 2**16, 1024  # documents a python shard, and a row group
-DOWNLOAD_TRIES, MAX_WAIT = 4, 10  # a file; seconds between two tries, whatever the server wants
+DOWNLOAD_TRIES, MAX_WAIT = 4, 10  # a file; seconds between two tries, whatever Retry-After says
 DOWNLOAD_TIMEOUT = (3, 15)  # seconds to connect to one address, and without a byte
-
 SPLIT_PATTERN = (  # GPT-4's, with numbers in groups of at most two digits
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(4))  # the first begins every document
 TRAIN_CHARS, TRAIN_DOCUMENT_CHARS = 10**9, 10_000  # characters the tokenizer is trained on
-
+PIECE_CHARS = 10**5  # encoded at once: tiktoken fails on white space of megabytes
 BUFFER_DOCUMENTS = 1000  # documents the packer chooses from
 SCORE_TOKENS = 8192  # tokens whose log-softmax is in memory at once
 PROBE_ROWS = 128  # rows that the causality probe cuts, at least
 PROBE_TOLERANCE = 1e-3  # nats; equal inputs may differ by this much from pass to pass
 SHIPPED = {name: value for name, value in globals().items() if name.isupper()}
-PREPARE = "run `uv run prepare.py`"
+PREPARE, RENEW = "run `uv run prepare.py`", "delete it, run `uv run prepare.py`"
 
 
 def contract():
@@ -126,8 +124,8 @@ class Progress:
 def fetch(url, part, progress):
     """Download url into the file `part`, going on where an earlier try stopped.
 
-    Raises requests.RequestException on trouble with the network, ValueError on a file that is not
-    what the server announced: sha256 stands on the Hub's redirect, the length is urllib3's check.
+    Raises requests.RequestException on trouble with the network and on a length not as announced,
+    ValueError on another sha256 than the Hub's redirect carries or no parquet.
     """
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
@@ -135,12 +133,10 @@ def fetch(url, part, progress):
         if response.status_code == 416:
             raise ValueError("nothing left to resume")
         response.raise_for_status()
-        have = have if response.status_code == 206 else 0
-        with part.open("ab" if have else "wb") as file:
+        with part.open("ab" if response.status_code == 206 else "wb") as file:
             for chunk in response.iter_content(2**14):
                 progress.update(file.write(chunk))
-    with part.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = hashlib.sha256(part.read_bytes()).hexdigest()
     for answer in (response, *response.history):
         etag = answer.headers.get("X-Linked-Etag", "").strip('"')
         if len(etag) == 64 and etag != sha256:
@@ -148,53 +144,49 @@ def fetch(url, part, progress):
     pq.read_metadata(part)  # raises a ValueError of its own if this is no parquet
 
 
-def download(stem, progress):
-    """Bring one climbmix shard into the data folder; raise ContractError after the last try."""
-    path = folder("data") / f"{stem}.parquet"
-    part = path.with_suffix(".part")
+def download(path, progress):
+    """Bring one climbmix shard to its path; raise ContractError after the last try."""
     url = f"{HF_ENDPOINT}/datasets/karpathy/climbmix-400b-shuffle/resolve/main/{path.name}"
+    part, wait = path.with_suffix(".part"), 0
     for attempt in range(DOWNLOAD_TRIES):
-        wait = str(2**attempt)
+        time.sleep(min(wait, MAX_WAIT))
+        wait = 2**attempt
         try:
             fetch(url, part, progress)
             part.replace(path)
             return
+        except requests.HTTPError as error:
+            reason, headers = error.response.status_code, error.response.headers
+            if reason < 500 and reason not in (408, 429):
+                break
+            wait = MAX_WAIT if "Retry-After" in headers else wait
         except requests.RequestException as error:
-            reason, response = type(error).__name__, error.response
-            if response is not None:
-                reason, wait = response.status_code, response.headers.get("Retry-After", wait)
-                if reason < 500 and reason not in (408, 429):
-                    break
+            reason = type(error).__name__
         except ValueError as error:  # not what was announced: begin again
             part.unlink(missing_ok=True)
             reason = error
-        if attempt < DOWNLOAD_TRIES - 1:
-            time.sleep(min(int(wait), MAX_WAIT) if wait.isdecimal() else MAX_WAIT)
     advice = "run `uv run prepare.py` again, or set HF_ENDPOINT or AUTORESEARCH_CORPUS=python"
     raise ContractError(f"no {url} ({reason}): {advice}")
 
 
 def download_climbmix(num_shards):
     """Download the validation, the test and the first num_shards training shards (-1: all)."""
-    most = int(TEST_SHARD[-5:])
-    train = [f"shard_{i:05d}" for i in range(most if num_shards < 0 else min(num_shards, most))]
     folder("data").mkdir(parents=True, exist_ok=True)
-    have = {path.stem for path in folder("data").glob("*.parquet")}
-    missing = [stem for stem in (VAL_SHARD, TEST_SHARD, *train) if stem not in have]
-    if missing:
-        print(f"downloading {len(missing)} shards of about 100 MB from {HF_ENDPOINT}", flush=True)
-        progress = Progress("bytes downloaded")
-        for stem in missing:
-            download(stem, progress)
-        progress.update(0, final=True)
+    most = int(TEST_SHARD[-5:])  # training shards that exist: all before it
+    train = [f"shard_{i:05d}" for i in range(most if num_shards < 0 else min(num_shards, most))]
+    paths = [folder("data") / f"{stem}.parquet" for stem in (VAL_SHARD, TEST_SHARD, *train)]
+    missing, progress = [path for path in paths if not path.exists()], Progress("bytes downloaded")
+    print(f"{len(missing)} shards of about 100 MB to download from {HF_ENDPOINT}", flush=True)
+    for path in missing:
+        download(path, progress)
+    progress.update(0, final=True)
 
 
 def python_documents(roots):
     """Collect Python source below the root folders: {split: documents}, and files not readable.
 
-    A document is a top-level block: what stands between two blank lines. Order and split come from
-    hashes of path and content, so that one environment gives one corpus, shuffled, and a file has
-    blocks in one split only. Nothing is taken twice.
+    A document is a top-level block. Order and split come from hashes of path and content: the same
+    environment gives the same corpus, shuffled; no file has blocks in two splits, none comes twice.
     """
     files, unreadable = [], 0
     for root, path in ((base, path) for base in roots for path in base.rglob("*.py")):
@@ -238,22 +230,19 @@ def build_python():
             path = temporary / f"{stem}.parquet"
             pq.write_table(table, path, compression="zstd", row_group_size=GROUP_DOCUMENTS)
     temporary.replace(folder("data"))
-    count = sum(map(len, splits.values()))
-    print(f"python corpus: {count:,} documents; {unreadable} files were not readable")
+    print(f"python corpus written; {unreadable} files were not readable")
 
 
 def read_texts(path):
-    """Yield the documents of a parquet shard that are not empty, a list a row group."""
+    """Yield the documents of a parquet shard that are not empty, in lists."""
     try:
         with pq.ParquetFile(path) as file:
             if file.schema_arrow.field("text").type != pa.string():
                 raise ValueError
-            for group in range(file.num_row_groups):
-                texts = file.read_row_group(group, columns=["text"])["text"].to_pylist()
-                yield [text for text in texts if text]
+            for batch in file.iter_batches(GROUP_DOCUMENTS, columns=["text"]):
+                yield [text for text in batch["text"].to_pylist() if text]
     except (ValueError, KeyError, OSError, pa.ArrowException):
-        reason = "not whole parquet with UTF-8 strings in a column `text`"
-        raise ContractError(f"{path} is {reason}: delete it, {PREPARE}") from None
+        raise ContractError(f"{path} is not parquet with UTF-8 in column `text`: {RENEW}") from None
 
 
 # --- Tokenizer training ---------------------------------------------------------------------------
@@ -275,15 +264,13 @@ def train_tokenizer():
             if progress.done >= TRAIN_CHARS:
                 return
 
-    num_tokens = VOCAB_SIZE - len(SPECIAL_TOKENS)
-    trainer = rustbpe.Tokenizer()
+    trainer, num_tokens = rustbpe.Tokenizer(), VOCAB_SIZE - len(SPECIAL_TOKENS)
     trainer.train_from_iterator(documents(), num_tokens, pattern=SPLIT_PATTERN)
     progress.update(0, final=True)
     ranks = {rank: bytes(token) for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < num_tokens:
         raise ContractError(f"the training text fills {len(ranks)} of {num_tokens} tokens only")
-    tokens = [ranks[rank].hex() for rank in range(num_tokens)]
-    content = {"contract": contract(), "tokens": tokens}
+    content = {"contract": contract(), "tokens": [ranks[i].hex() for i in range(num_tokens)]}
     folder("tokenizer").mkdir(exist_ok=True)
     temporary = folder("tokenizer") / "tokenizer.tmp"
     temporary.write_text(json.dumps({"sha256": checksum(content), **content}, indent=0))
@@ -307,20 +294,19 @@ def read_tokens(path, tokenizer):
             for start, end in itertools.pairwise(offsets):
                 yield values[start:end]
     except (ValueError, OSError, pa.ArrowException):
-        reason = "damaged or of another tokenizer"
-        raise ContractError(f"{path} is {reason}: delete it, {PREPARE}") from None
+        raise ContractError(f"{path} is damaged or of another tokenizer: {RENEW}") from None
 
 
 def tokenize(tokenizer):
     """Write each shard's documents as BOS + tokens, a record batch a row group, unless done."""
     folder("tokens").mkdir(exist_ok=True)
-    progress = Progress("tokens written")
     schema = pa.schema({"tokens": pa.list_(pa.uint16())}, metadata={"tokenizer": tokenizer.sha256})
-    bos = np.array([tokenizer.bos_token_id], np.uint16)
+    progress, bos = Progress("tokens written"), np.array([tokenizer.bos_token_id], np.uint16)
 
     def encode(text):
-        ids = tokenizer.encoding.encode_to_numpy(text, disallowed_special=())
-        return np.concatenate([bos, ids.astype(np.uint16)])
+        pieces = (text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
+        ids = (tokenizer.encoding.encode_to_numpy(p, disallowed_special=()) for p in pieces)
+        return np.concatenate([bos, *ids]).astype(np.uint16)
 
     for source in itertools.chain(*(shard_paths("data", s) for s in ("train", "val", "test"))):
         path = folder("tokens") / f"{source.stem}.arrow"
@@ -341,10 +327,7 @@ def tokenize(tokenizer):
 
 # --- Tokenizer ------------------------------------------------------------------------------------
 class Tokenizer:
-    """Byte pair encoding; byte lengths come from the tokens' own bytes.
-
-    Attributes: vocab_size; bos_token_id; token_bytes, int32 (vocab_size,), 0 for special tokens.
-    """
+    """Byte pair encoding: vocab_size, bos_token_id, and int32 (vocab_size,) token_bytes."""
 
     def __init__(self, tokens, sha256):
         self.encoding = tiktoken.Encoding(
@@ -412,11 +395,10 @@ def pack(documents, row_len):
         yield row
 
 
-class Dataloader:
+class Dataloader(Iterator):
     """Iterator over batches of packed rows; see make_dataloader."""
 
-    clock_start = last_batch = None  # monotonic seconds; one clock a process, however many loaders
-    epoch = 1
+    epoch, clock_start, last_batch = 1, None, None  # one clock a process, in monotonic seconds
 
     def __init__(self, tokenizer, batch_size, seq_len, split, device):
         self.batch_size, self.device, self.split = batch_size, torch.device(device), split
@@ -437,9 +419,6 @@ class Dataloader:
     def progress(self):
         return min(self.elapsed / TIME_BUDGET, 1.0)
 
-    def __iter__(self):
-        return self
-
     def __next__(self):
         size, train = min(self.batch_size, self.num_left), self.split == "train"
         self.num_left -= size
@@ -456,8 +435,7 @@ class Dataloader:
             raise ContractError(f"too little text in {folder('tokens')} for {self.split} rows")
         batch = torch.from_numpy(np.stack(rows).astype(np.int64))
         if self.device.type == "cuda":
-            # Pinned anew for each batch: torch's allocator gives no pinned memory out again before
-            # its copy is done, so that no copy still queued can read another batch
+            # Pinned anew each time: torch gives pinned memory out again only when its copy is done
             batch = batch.pin_memory()
         batch = batch.to(self.device, non_blocking=True)
         if train:
@@ -470,10 +448,10 @@ def make_dataloader(tokenizer, batch_size, seq_len, split, device):
     """Return an iterator over (inputs, targets), int64 (batch_size, seq_len) on the device.
 
     Targets are inputs shifted by one; every row begins with BOS and is full.
-    split "train": endless epochs; attributes epoch (from 1), elapsed (seconds since the process's
-    first training batch) and progress (elapsed / TIME_BUDGET, at most 1); ends with the budget.
+    split "train": endless epochs, until TIME_BUDGET is over; attributes epoch (from 1), elapsed
+    (seconds since the process's first training batch), progress (elapsed / TIME_BUDGET, at most 1).
     split "val" or "test": the same rows once, at every batch size; the last batch may be short.
-    The train loader arms the hard wall: at HARD_LIMIT the process ends, with stacks on stderr.
+    Arms the hard wall if "train": at HARD_LIMIT the process ends, with stacks on stderr.
     """
     if split == "train":
         left = HARD_LIMIT - (time.monotonic() - PROCESS_START)
@@ -484,10 +462,7 @@ def make_dataloader(tokenizer, batch_size, seq_len, split, device):
 # --- Metric ---------------------------------------------------------------------------------------
 @torch.no_grad()
 def score_batch(model, inputs, targets, vocab_size):
-    """Return -ln p(target) and the mean logit at every position, float32 (2, B, T) on the CPU.
-
-    Raises ContractError on logits of a wrong shape or that are not finite.
-    """
+    """Return -ln p(target) and mean logit, float32 (2, B, T) on the CPU; refuse bad logits."""
     logits, expected = model(inputs), (*inputs.shape, vocab_size)
     got = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
     if got != expected:
@@ -495,7 +470,7 @@ def score_batch(model, inputs, targets, vocab_size):
     scores = []
     for i in range(0, targets.numel(), SCORE_TOKENS):
         part = logits.flatten(0, 1)[i : i + SCORE_TOKENS].float()
-        nats = F.cross_entropy(part, targets.flatten()[i : i + SCORE_TOKENS], reduction="none")
+        nats = cross_entropy(part, targets.flatten()[i : i + SCORE_TOKENS], reduction="none")
         scores.append(torch.stack([nats, part.mean(dim=-1)]).cpu())
     scores = torch.cat(scores, dim=1).view(2, *targets.shape)
     if not scores.isfinite().all():
@@ -555,9 +530,8 @@ def evaluate_bpb(model, tokenizer, batch_size, split="val"):
 
 # --- Command line ---------------------------------------------------------------------------------
 def main():
-    parser = argparse.ArgumentParser(description="Prepare data and tokenizer, once.")
-    text = "training shards of climbmix to download, -1: all (default: %(default)s)"
-    parser.add_argument("--num-shards", type=int, default=NUM_TRAIN_SHARDS, help=text)
+    parser = argparse.ArgumentParser(description="Prepare data (of climbmix: N shards, -1: all).")
+    parser.add_argument("--num-shards", type=int, default=NUM_TRAIN_SHARDS, metavar="N")
     num_shards, start, home = parser.parse_args().num_shards, time.monotonic(), CACHE_DIR / CORPUS
     try:
         home.mkdir(parents=True, exist_ok=True)
