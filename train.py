@@ -9,8 +9,10 @@ not touch (data, tokenizer, clock, metric, seed) comes from prepare.py.
 Shapes: B rows, T tokens of context, C model_dim, H heads, D head_dim, V vocabulary.
 """
 
+import ctypes
 import functools
 import math
+import platform
 import resource
 import sys
 import time
@@ -32,7 +34,9 @@ DEPTH = 8 if ON_CUDA else 4  # layers; the main size knob
 ASPECT_RATIO = 64  # model_dim = DEPTH * ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
 HEAD_DIM = 128 if ON_CUDA else 64  # channels a head
 WINDOW_PATTERN = "SSSL" if ON_CUDA else "L"  # S: half the context, L: all; cycled, the last is L
-ROPE_BASE = 10_000  # longest wavelength of the rotary embedding, tokens over 2 pi
+SOFTCAP = 15  # logits stay between -SOFTCAP and SOFTCAP
+LOSS_SLICE = 2**14 if ON_CUDA else 512  # tokens whose logits are in memory at once
+ROPE_BASE = 10_000  # of the rotary embedding; larger for long contexts
 
 TOTAL_BATCH_SIZE = 2**19 if ON_CUDA else 2**12  # tokens an optimizer step
 DEVICE_BATCH_SIZE = 128 if ON_CUDA else 8  # rows a forward pass; halved when out of memory
@@ -99,9 +103,8 @@ def make_attention(backend, seq_len, window, device):
         )
 
     def heads_first(q, k, v):
-        gqa = q.size(2) != k.size(2)
-        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=gqa)
-        return y.transpose(1, 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return attend(q, k, v, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
     return heads_first
 
@@ -186,14 +189,58 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each on a normalised copy of the residual stream."""
+
     def __init__(self, model_dim, *attention_args):
         super().__init__()
         self.attn = Attention(model_dim, *attention_args)
         self.mlp = MLP(model_dim)
 
-    def forward(self, x, value_embed, cos, sin):
+    def forward(self, x, x0, resid_lambda, x0_lambda, value_embed, cos, sin):
+        x = resid_lambda * x + x0_lambda * x0
         x = x + self.attn(norm(x), value_embed, cos, sin)
         return x + self.mlp(norm(x))
+
+
+def softcap(logits):
+    """Bound logits smoothly to +-SOFTCAP, in float32 (Gemma 2, arXiv 2408.00118)."""
+    return SOFTCAP * torch.tanh(logits.float() / SOFTCAP)
+
+
+def softcap_loss(logits, targets):
+    """Return the summed cross-entropy of softcap(logits) (N, V), in nats, and its gradient."""
+    capped = softcap(logits)
+    logprobs = F.log_softmax(capped, dim=-1)
+    hit = torch.arange(logits.size(-1), device=logits.device) == targets[:, None]
+    grad = (logprobs.exp() - hit.float()) * (1 - (capped / SOFTCAP).square())
+    return -logprobs.gather(1, targets[:, None]).sum(), grad.to(logits.dtype)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of loss(x @ weight.T, targets), its gradients computed on the way.
+
+    x (N, C), weight (V, C), targets (N,). The logits are by far the largest tensor of a batch, so
+    they are made, used and dropped a slice of tokens at a time, as in Wijmans et al., "Cut Your
+    Losses in Large-Vocabulary Language Models", arXiv 2411.09009.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, loss):
+        w, sums, dx, dw = weight.to(x.dtype), [], [], 0.0
+        for x_slice, target in zip(x.split(LOSS_SLICE), targets.split(LOSS_SLICE), strict=True):
+            loss_sum, grad = loss(F.linear(x_slice, w), target)
+            sums.append(loss_sum)
+            dx.append(grad @ w)
+            dw = dw + (grad.T @ x_slice).float()
+        ctx.save_for_backward(torch.cat(dx), dw)
+        ctx.num_tokens = len(targets)
+        return torch.stack(sums).sum() / ctx.num_tokens
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        dx, dw = ctx.saved_tensors
+        scale = grad_loss / ctx.num_tokens
+        return dx * scale.to(dx.dtype), dw * scale, None, None
 
 
 class GPT(nn.Module):
@@ -203,6 +250,7 @@ class GPT(nn.Module):
         self, vocab_size, seq_len, depth, model_dim, n_head, n_kv_head, backend, dtype, device
     ):
         super().__init__()
+        self.loss = softcap_loss
         self.dtype, self.windows = dtype, layer_windows(WINDOW_PATTERN, depth, seq_len)
         table_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with device:
@@ -250,15 +298,16 @@ class GPT(nn.Module):
         x = norm(self.wte(idx).to(self.dtype))
         x0 = x
         for i, block in enumerate(self.blocks):
-            x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
-            embed = (
-                self.value_embeds[str(i)](idx).to(x.dtype) if block.attn.gate is not None else None
-            )
-            x = block(x, embed, self.cos, self.sin)
-        logits = 15 * torch.tanh(self.lm_head(norm(x)).float() / 15)
+            embed = None
+            if str(i) in self.value_embeds:
+                embed = self.value_embeds[str(i)](idx).to(x.dtype)
+            lambdas = self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype)
+            x = block(x, x0, *lambdas, embed, self.cos, self.sin)
+        x = norm(x)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return softcap(self.lm_head(x))
+        x, targets = x.flatten(0, 1), targets.flatten()
+        return LinearCrossEntropy.apply(x, self.lm_head.weight, targets, self.loss)
 
     def num_params(self):
         """Return the number of parameters by kind."""
@@ -342,13 +391,13 @@ def muon_update(params, grads, momentum_buffer, second_moment, lr, momentum, wei
 class Muon(torch.optim.Optimizer):
     """Muon for matrices, all of one shape in one stacked update; see muon_update."""
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, beta2=0.95, compile=None):
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, beta2=0.95, compiled=False):
         shapes = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2}
         super().__init__([{"params": group} for group in shapes.values()], defaults)
-        self.update = compile(muon_update) if compile else muon_update
+        self.update = torch.compile(muon_update, dynamic=False) if compiled else muon_update
 
     @torch.no_grad()
     def step(self):
@@ -373,7 +422,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_copy_(params, list(stack.unbind(0)))
 
 
-def make_optimizers(model, compile=None):
+def make_optimizers(model, compiled=False):
     """Return [AdamW, Muon]; check that every parameter of the model is in exactly one group."""
     scale = (model.wte.embedding_dim / 768) ** -0.5
 
@@ -388,7 +437,7 @@ def make_optimizers(model, compile=None):
         group([model.x0_lambdas], SCALAR_LR, betas=(0.96, 0.95)),
     ]
     adamw = torch.optim.AdamW(groups, eps=1e-10, weight_decay=0.0, fused=True)
-    muon = Muon(model.blocks.parameters(), MATRIX_LR, weight_decay=WEIGHT_DECAY, compile=compile)
+    muon = Muon(model.blocks.parameters(), MATRIX_LR, weight_decay=WEIGHT_DECAY, compiled=compiled)
     optimizers = [adamw, muon]
     grouped = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     if sorted(map(id, grouped)) != sorted(map(id, model.parameters())):
@@ -446,7 +495,7 @@ def peak_flops(device_name):
 
 
 def first_line(error):
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
 
 
 def choose_dtype(device):
@@ -454,25 +503,54 @@ def choose_dtype(device):
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        # On a CPU with native bf16 (AMD Zen 5) the products of this model ran 4 times faster in it.
+        # AMD Zen 5, 2 cores: matrix products ran over 4 times faster in bf16 than in float32
         flags = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         native = flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16")
     return torch.bfloat16 if native else torch.float32
 
 
+def tune_cpu():
+    """Set what makes CPU training faster; measured on AMD Zen 5 with 2 cores."""
+    # Attention as matrix products and a softmax took half the time of the CPU's flash kernel
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    # Handing every large tensor back to the kernel costs a page fault for each of its pages
+    if platform.libc_ver()[0] == "glibc":
+        libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4  # of malloc.h
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def compile_model(model, device):
+    """Return the model to train: compiled whole for a GPU, block by block for a CPU.
+
+    All blocks of one kind share their code, so that a CPU waits for few runs of the C++ compiler.
+    """
+    if device.type == "cuda":
+        return torch.compile(model, dynamic=False)
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    model.loss = torch.compile(model.loss, dynamic=False)
+    return model
+
+
 def main():
     # Device
-    kind = "cuda" if ON_CUDA else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(kind)
-    device_name = torch.cuda.get_device_name() if ON_CUDA else kind
-    dtype, backend = choose_dtype(device), choose_attention(device)
+    device = torch.device("cuda" if ON_CUDA else "mps" if torch.mps.is_available() else "cpu")
+    device_name = torch.cuda.get_device_name() if ON_CUDA else device.type
+    if device.type == "cpu":
+        tune_cpu()
     tokenizer = prepare.Tokenizer.from_directory()
     vocab_size, seq_len = tokenizer.vocab_size, prepare.MAX_SEQ_LEN
+    dtype, backend, use_compile = (
+        choose_dtype(device),
+        choose_attention(device),
+        device.type != "mps",
+    )
+    # A CPU evaluates eagerly: compiling the forward pass again would take longer than it saves
+    eval_stance = "force_eager" if device.type == "cpu" else "default"
     n_head = math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)
-    model_dim = n_head * HEAD_DIM
-    rows, compile = DEVICE_BATCH_SIZE, None
-    if kind != "mps":
-        compile = functools.partial(torch.compile, dynamic=False)
+    rows, model_dim = DEVICE_BATCH_SIZE, n_head * HEAD_DIM
     print(f"device: {device_name}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}")
     print(f"corpus: {prepare.CORPUS}, seed {prepare.SEED}, {vocab_size} tokens, context {seq_len}")
 
@@ -484,16 +562,16 @@ def main():
             args = (vocab_size, seq_len, DEPTH, model_dim, n_head, n_head, backend, dtype, device)
             model = GPT(*args)
             model.init_weights()
-            optimizers = make_optimizers(model, compile)
-            forward = compile(model) if compile else model
-            inputs = torch.randint(vocab_size, (rows, seq_len), device=device)
-            targets = torch.randint(vocab_size, (rows, seq_len), device=device)
+            forward = compile_model(model, device) if use_compile else model
+            optimizers = make_optimizers(model, use_compile and ON_CUDA)
+            inputs, targets = torch.randint(vocab_size, (2, rows, seq_len), device=device).unbind(0)
             forward(inputs, targets).backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 optimizer.state.clear()
-            prepare.score_batch(forward.eval(), inputs, targets, vocab_size)
+            with torch.compiler.set_stance(eval_stance):
+                prepare.score_batch(forward.eval(), inputs, targets, vocab_size)
             forward.train()
             break
         except torch.OutOfMemoryError:
@@ -501,18 +579,18 @@ def main():
                 sys.exit("train.py: out of memory with a single row: make the model smaller")
             print(f"out of memory with {rows} rows a forward pass, trying {rows // 2}")
             rows //= 2
-            model = forward = optimizers = inputs = None
-            torch.cuda.empty_cache()
         except Exception as error:
-            if compile is None:
+            if not use_compile:
                 raise
             print(f"torch.compile failed, running eagerly: {first_line(error)}")
-            compile, backend = None, "sdpa" if backend == "flex" else backend
+            use_compile, backend = False, "sdpa" if backend == "flex" else backend
+        model = forward = optimizers = inputs = targets = None
+        torch.cuda.empty_cache()
     grad_accum_steps = TOTAL_BATCH_SIZE // (rows * seq_len)
     torch.manual_seed(prepare.SEED)
     model.init_weights()
     flops_per_token, num_params = model.flops_per_token(), model.num_params()
-    print(f"attention: {backend}, compile: {'yes' if compile else 'no'}")
+    print(f"attention: {backend}, compile: {'yes' if use_compile else 'no'}")
     print(f"parameters: {sum(num_params.values()):,} {num_params}")
     print(f"FLOPs a token: {flops_per_token:.4e}, {grad_accum_steps} passes of {rows} rows a step")
 
@@ -567,7 +645,8 @@ def main():
 
     # Summary: fixed interface, program.md greps it
     split = prepare.EVAL_SPLIT
-    bpb = prepare.evaluate_bpb(forward, tokenizer, rows, split)
+    with torch.compiler.set_stance(eval_stance):
+        bpb = prepare.evaluate_bpb(forward, tokenizer, rows, split)
     if ON_CUDA:
         peak_bytes = torch.cuda.max_memory_allocated()
     else:
