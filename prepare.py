@@ -124,8 +124,7 @@ class Progress:
 def fetch(url, part, progress):
     """Download url into the file `part`, going on where an earlier try stopped.
 
-    Raises requests.RequestException on trouble with the network and on a length not as announced,
-    ValueError on another sha256 than the Hub's redirect carries or no parquet.
+    Raises requests.RequestException, or ValueError on sha256 not as announced or no parquet.
     """
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
