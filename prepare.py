@@ -66,8 +66,7 @@ VAL_SHARD, TEST_SHARD = "shard_06542", "shard_06541"  # every other shard is tra
 NUM_TRAIN_SHARDS = 20  # about 1.1 G tokens: 500 M packed ones, crops lost, stay within one epoch
 PYTHON_CORPUS_CHARS = 10**8  # text taken from the environment, at most
 SHARD_DOCUMENTS, GROUP_DOCUMENTS = 2**16, 1024  # documents a python shard, and a row group
-DOWNLOAD_TRIES, MAX_WAIT = 4, 10  # a file; seconds between two tries, whatever Retry-After says
-DOWNLOAD_TIMEOUT = (3, 15)  # seconds to connect to one address, and without a byte
+DOWNLOAD_TRIES, MAX_WAIT, DOWNLOAD_TIMEOUT = 4, 10, (3, 15)  # seconds to wait; connect, read
 SPLIT_PATTERN = (  # GPT-4's, with numbers in groups of at most two digits
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -77,7 +76,7 @@ TRAIN_CHARS, TRAIN_DOCUMENT_CHARS = 10**9, 10_000  # characters the tokenizer is
 PIECE_CHARS = 10**5  # encoded at once: tiktoken fails on white space of megabytes
 BUFFER_DOCUMENTS = 1000  # documents the packer chooses from
 SCORE_TOKENS = 8192  # tokens whose log-softmax is in memory at once
-PROBE_ROWS = 128  # rows that the causality probe cuts, at least
+PROBE_ROWS = 64  # rows that the causality probe cuts, at least
 PROBE_TOLERANCE = 1e-3  # nats; equal inputs may differ by this much from pass to pass
 SHIPPED = {name: value for name, value in globals().items() if name.isupper()}
 PREPARE, RENEW = "run `uv run prepare.py`", "delete it, run `uv run prepare.py`"
@@ -335,9 +334,8 @@ class Tokenizer:
             mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
             special_tokens={name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)},
         )
-        self.vocab_size, self.bos_token_id = self.encoding.n_vocab, len(tokens)
+        self.sha256, self.vocab_size, self.bos_token_id = sha256, self.encoding.n_vocab, len(tokens)
         self.token_bytes = torch.tensor([*map(len, tokens), *[0] * len(SPECIAL_TOKENS)]).int()
-        self.sha256 = sha256
 
     @classmethod
     def from_directory(cls, directory=None):
@@ -397,7 +395,7 @@ def pack(documents, row_len):
 class Dataloader(Iterator):
     """Iterator over batches of packed rows; see make_dataloader."""
 
-    epoch, clock_start, last_batch = 1, None, None  # one clock a process, in monotonic seconds
+    epoch, clock_start, clock_end = 1, None, None  # one clock a process, in monotonic seconds
 
     def __init__(self, tokenizer, batch_size, seq_len, split, device):
         self.batch_size, self.device, self.split = batch_size, torch.device(device), split
@@ -427,7 +425,10 @@ class Dataloader(Iterator):
             self.events[-1].record()  # reached when all that was queued so far is worked off
             if len(self.events) > 1:
                 self.events.pop(0).synchronize()
-        if size == 0 or (train and self.elapsed >= TIME_BUDGET):
+        if train and self.elapsed >= TIME_BUDGET:
+            Dataloader.clock_end = self.clock_end or time.monotonic()
+            raise StopIteration
+        if size == 0:
             raise StopIteration
         rows = list(itertools.islice(self.rows, size))
         if len(rows) < size:
@@ -438,8 +439,7 @@ class Dataloader(Iterator):
             batch = batch.pin_memory()
         batch = batch.to(self.device, non_blocking=True)
         if train:
-            Dataloader.last_batch = time.monotonic()
-            Dataloader.clock_start = self.clock_start or Dataloader.last_batch
+            Dataloader.clock_start = self.clock_start or time.monotonic()
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
@@ -506,7 +506,7 @@ def evaluate_bpb(model, tokenizer, batch_size, split="val"):
     do not depend on later tokens, and when training went on after its data had ended.
     """
     if Dataloader.clock_start is not None:
-        idle = time.monotonic() - max(Dataloader.last_batch, Dataloader.clock_start + TIME_BUDGET)
+        idle = time.monotonic() - (Dataloader.clock_end or Dataloader.clock_start + TIME_BUDGET)
         if idle > MAX_IDLE:
             raise ContractError(f"evaluation began {idle:.0f} s after the training time was over")
     for name, value in SHIPPED.items():

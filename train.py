@@ -1,5 +1,4 @@
-"""
-The canvas of autoresearch: a GPT, its optimizer and its training loop. The agent edits this file.
+"""The canvas of autoresearch: a GPT, its optimizer, its training loop. The agent edits this file.
 
     uv run train.py > run.log 2>&1
 
@@ -25,14 +24,13 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import prepare
 
-# ------------------------------------------------------------------------------------------------
-# Hyperparameters
+# --- Hyperparameters ------------------------------------------------------------------------------
 
 ON_CUDA = torch.cuda.is_available()
 
 DEPTH = 8 if ON_CUDA else 4  # layers; the main size knob
 ASPECT_RATIO = 64  # model_dim = DEPTH * ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
-HEAD_DIM = 128 if ON_CUDA else 64  # channels a head
+HEAD_DIM = 128  # channels a head
 WINDOW_PATTERN = "SSSL" if ON_CUDA else "L"  # S: half the context, L: all; cycled, the last is L
 SOFTCAP = 15  # logits stay between -SOFTCAP and SOFTCAP
 LOSS_SLICE = 2**14 if ON_CUDA else 512  # tokens whose logits are in memory at once
@@ -52,8 +50,7 @@ WARMUP_RATIO = 0.0  # share of the time budget in which the rates rise
 WARMDOWN_RATIO = 0.5  # share in which they fall
 FINAL_LR_FRAC = 0.0  # what is left of the rates at the end
 
-# ------------------------------------------------------------------------------------------------
-# Attention
+# --- Attention ------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -109,18 +106,11 @@ def make_attention(backend, seq_len, window, device):
     return heads_first
 
 
-# ------------------------------------------------------------------------------------------------
-# Model
+# --- Model ----------------------------------------------------------------------------------------
 
 
 class Linear(nn.Linear):
-    """Linear map without bias; float32 weights are cast to the dtype of the input, like autocast.
-
-    The weights are not initialised here: GPT.init_weights does it, after warm-up.
-    """
-
-    def __init__(self, in_features, out_features):
-        super().__init__(in_features, out_features, bias=False)
+    """Linear map whose float32 weights are cast to the dtype of the input, as autocast would."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
@@ -157,11 +147,12 @@ class Attention(nn.Module):
     def __init__(self, model_dim, n_head, n_kv_head, has_value_embed, attend):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, model_dim // n_head
-        self.c_q = Linear(model_dim, n_head * self.head_dim)
-        self.c_k = Linear(model_dim, n_kv_head * self.head_dim)
-        self.c_v = Linear(model_dim, n_kv_head * self.head_dim)
-        self.c_proj = Linear(n_head * self.head_dim, model_dim)
-        self.gate = Linear(min(32, model_dim), n_kv_head) if has_value_embed else None
+        self.c_q = Linear(model_dim, n_head * self.head_dim, bias=False)
+        self.c_k = Linear(model_dim, n_kv_head * self.head_dim, bias=False)
+        self.c_v = Linear(model_dim, n_kv_head * self.head_dim, bias=False)
+        self.c_proj = Linear(n_head * self.head_dim, model_dim, bias=False)
+        gate = Linear(min(32, model_dim), n_kv_head, bias=False)
+        self.gate = gate if has_value_embed else None
         self.attend = attend
 
     def forward(self, x, value_embed, cos, sin):
@@ -181,8 +172,8 @@ class MLP(nn.Module):
 
     def __init__(self, model_dim):
         super().__init__()
-        self.c_fc = Linear(model_dim, 4 * model_dim)
-        self.c_proj = Linear(4 * model_dim, model_dim)
+        self.c_fc = Linear(model_dim, 4 * model_dim, bias=False)
+        self.c_proj = Linear(4 * model_dim, model_dim, bias=False)
 
     def forward(self, x):
         return self.c_proj(F.relu(self.c_fc(x)).square())
@@ -256,19 +247,15 @@ class GPT(nn.Module):
         with device:
             self.wte = nn.Embedding(vocab_size, model_dim, dtype=table_dtype)
             kv_dim = model_dim // n_head * n_kv_head
-            self.value_embeds = nn.ModuleDict(
-                {
-                    str(i): nn.Embedding(vocab_size, kv_dim, dtype=table_dtype)
-                    for i in range(depth)
-                    if i % 2 == (depth - 1) % 2  # every second layer, the last one included
-                }
-            )
+            self.value_embeds = nn.ModuleDict()
+            for i in range((depth - 1) % 2, depth, 2):  # every second layer, the last one included
+                self.value_embeds[str(i)] = nn.Embedding(vocab_size, kv_dim, dtype=table_dtype)
             attends = {w: make_attention(backend, seq_len, w, device) for w in set(self.windows)}
             self.blocks = nn.ModuleList(
                 Block(model_dim, n_head, n_kv_head, str(i) in self.value_embeds, attends[window])
                 for i, window in enumerate(self.windows)
             )
-            self.lm_head = Linear(model_dim, vocab_size)
+            self.lm_head = Linear(model_dim, vocab_size, bias=False)
             self.resid_lambdas = nn.Parameter(torch.empty(depth))
             self.x0_lambdas = nn.Parameter(torch.empty(depth))
             cos, sin = rotary_tables(seq_len, model_dim // n_head, device)
@@ -311,13 +298,9 @@ class GPT(nn.Module):
 
     def num_params(self):
         """Return the number of parameters by kind."""
-        return {
-            "wte": self.wte.weight.numel(),
-            "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
-            "blocks": sum(p.numel() for p in self.blocks.parameters()),
-            "lm_head": self.lm_head.weight.numel(),
-            "scalars": self.resid_lambdas.numel() + self.x0_lambdas.numel(),
-        }
+        kinds = ("wte", "value_embeds", "blocks", "lm_head")
+        num = {kind: sum(p.numel() for p in getattr(self, kind).parameters()) for kind in kinds}
+        return num | {"scalars": self.resid_lambdas.numel() + self.x0_lambdas.numel()}
 
     def flops_per_token(self):
         """Return training FLOPs a token: 6 a matrix weight, 12 C a token attended to.
@@ -337,8 +320,7 @@ def layer_windows(pattern, depth, seq_len):
     return [sizes[pattern[i % len(pattern)]] for i in range(depth - 1)] + [seq_len]
 
 
-# ------------------------------------------------------------------------------------------------
-# Optimizer
+# --- Optimizer ------------------------------------------------------------------------------------
 
 # The five steps of Amsel et al., "The Polar Express", arXiv 2505.16932: X -> aX + (bA + cA^2)X
 POLAR_EXPRESS = [
@@ -410,33 +392,25 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(stack)
                 state["second_moment"] = stack.new_zeros((n, r, 1) if r >= c else (n, 1, c))
-            values = [group[key] for key in ("lr", "momentum", "weight_decay")]
-            self.update(
-                stack,
-                torch.stack([p.grad for p in params]),
-                state["momentum_buffer"],
-                state["second_moment"],
-                *torch.tensor(values).to(stack.device, non_blocking=True),
-                group["beta2"],
-            )
+            values = torch.tensor([group[key] for key in ("lr", "momentum", "weight_decay")])
+            values = values.to(stack.device, non_blocking=True).unbind(0)
+            buffers = state["momentum_buffer"], state["second_moment"]
+            grads = torch.stack([p.grad for p in params])
+            self.update(stack, grads, *buffers, *values, group["beta2"])
             torch._foreach_copy_(params, list(stack.unbind(0)))
 
 
 def make_optimizers(model, compiled=False):
     """Return [AdamW, Muon]; check that every parameter of the model is in exactly one group."""
     scale = (model.wte.embedding_dim / 768) ** -0.5
-
-    def group(params, lr, betas=ADAM_BETAS):
-        return {"params": list(params), "lr": lr, "betas": betas}
-
     groups = [
-        group(model.lm_head.parameters(), UNEMBEDDING_LR * scale),
-        group(model.wte.parameters(), EMBEDDING_LR * scale),
-        group(model.value_embeds.parameters(), EMBEDDING_LR * scale),
-        group([model.resid_lambdas], SCALAR_LR / 100),
-        group([model.x0_lambdas], SCALAR_LR, betas=(0.96, 0.95)),
+        {"params": list(model.lm_head.parameters()), "lr": UNEMBEDDING_LR * scale},
+        {"params": list(model.wte.parameters()), "lr": EMBEDDING_LR * scale},
+        {"params": list(model.value_embeds.parameters()), "lr": EMBEDDING_LR * scale},
+        {"params": [model.resid_lambdas], "lr": SCALAR_LR / 100},
+        {"params": [model.x0_lambdas], "lr": SCALAR_LR, "betas": (0.96, 0.95)},
     ]
-    adamw = torch.optim.AdamW(groups, eps=1e-10, weight_decay=0.0, fused=True)
+    adamw = torch.optim.AdamW(groups, betas=ADAM_BETAS, eps=1e-10, weight_decay=0.0, fused=True)
     muon = Muon(model.blocks.parameters(), MATRIX_LR, weight_decay=WEIGHT_DECAY, compiled=compiled)
     optimizers = [adamw, muon]
     grouped = [p for o in optimizers for g in o.param_groups for p in g["params"]]
@@ -447,8 +421,7 @@ def make_optimizers(model, compiled=False):
     return optimizers
 
 
-# ------------------------------------------------------------------------------------------------
-# Schedules
+# --- Schedules ------------------------------------------------------------------------------------
 
 
 def lr_multiplier(progress):
@@ -471,8 +444,7 @@ def muon_weight_decay(progress):
     return WEIGHT_DECAY * (1 - progress)
 
 
-# ------------------------------------------------------------------------------------------------
-# Main
+# --- Main -----------------------------------------------------------------------------------------
 
 # Dense bf16 peaks in FLOP/s by the vendors' datasheets; the first name that fits counts.
 PEAK_FLOPS = {
@@ -559,6 +531,7 @@ def main():
         if TOTAL_BATCH_SIZE % (rows * seq_len):
             sys.exit(f"train.py: TOTAL_BATCH_SIZE must be a multiple of {rows} rows of {seq_len}")
         try:
+            loader = prepare.make_dataloader(tokenizer, rows, seq_len, "train", device)
             args = (vocab_size, seq_len, DEPTH, model_dim, n_head, n_head, backend, dtype, device)
             model = GPT(*args)
             model.init_weights()
@@ -595,7 +568,6 @@ def main():
     print(f"FLOPs a token: {flops_per_token:.4e}, {grad_accum_steps} passes of {rows} rows a step")
 
     # Training
-    loader = prepare.make_dataloader(tokenizer, rows, seq_len, "train", device)
     loss_sum, smooth_loss = torch.zeros((), device=device), torch.zeros((), device=device)
     step, shown_step, shown_at, peak = 0, 0, 0.0, peak_flops(device_name)
     terminal = sys.stdout.isatty()

@@ -36,7 +36,7 @@ def fresh_process(monkeypatch):
     """Give every test the state of a process that has just started."""
     monkeypatch.setattr(prepare, "PROCESS_START", time.monotonic())
     monkeypatch.setattr(prepare.Dataloader, "clock_start", None)
-    monkeypatch.setattr(prepare.Dataloader, "last_batch", None)
+    monkeypatch.setattr(prepare.Dataloader, "clock_end", None)
     yield
     faulthandler.cancel_dump_traceback_later()
 
