@@ -234,11 +234,15 @@ PASSING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("redirect", [True, False])
-@pytest.mark.parametrize("name", PASSING)
+# A mirror that announces nothing but the length of what it sends cannot be caught at these
+UNSEEN_WITHOUT_SHA256 = ("corrupt", "shorter", "longer")
+
+
+@pytest.mark.parametrize(
+    ("name", "redirect"),
+    [(n, r) for n in PASSING for r in (True, False) if r or n not in UNSEEN_WITHOUT_SHA256],
+)
 def test_passing_trouble(climbmix, name, redirect):
-    if not redirect and name in ("corrupt", "shorter", "longer"):
-        pytest.skip("a mirror that announces nothing but the length of what it sends")
     climbmix.redirect, climbmix.faults = redirect, {NAME: [PASSING[name]]}
     climbmix.completes()
     first, second = (r for n, r in climbmix.log if n == NAME)
