@@ -121,6 +121,7 @@ def forked(script, cwd, variables, out, err):
     """Execute a script; runs in the forked process."""
     os.chdir(cwd)
     os.environ.update(variables)
+    sys.modules.pop("prepare", None)  # another file's tests may share the server that forks
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     exec(compile(script, "<scenario>", "exec"), {"__name__": "scenario"})
