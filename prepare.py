@@ -437,7 +437,7 @@ class Dataloader(Iterator):
         if self.device.type == "cuda":
             # Pinned anew each time: torch gives pinned memory out again only when its copy is done
             batch = batch.pin_memory()
-        batch = batch.to(self.device, non_blocking=True)
+        batch = batch.to(self.device, non_blocking=batch.is_pinned())
         if train:
             Dataloader.clock_start = self.clock_start or time.monotonic()
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()

@@ -67,8 +67,8 @@ def choose_attention(device):
         capability = torch.cuda.get_device_capability(device)
         if capability[0] != 8 and capability != (9, 0):
             raise RuntimeError(f"not built for compute capability {capability}")
-        q = torch.randn(1, 128, 1, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-        flash_attention_3()(q, q, q, causal=True, window_size=(32, 0)).sum().backward()
+        q = torch.randn(1, 256, 1, HEAD_DIM, device=device, dtype=torch.bfloat16).requires_grad_()
+        flash_attention_3()(q, q, q, causal=True, window_size=(64, 0)).sum().backward()
         torch.cuda.synchronize()
         return "flash-attn3"
     except Exception as error:
@@ -151,8 +151,7 @@ class Attention(nn.Module):
         self.c_k = Linear(model_dim, n_kv_head * self.head_dim, bias=False)
         self.c_v = Linear(model_dim, n_kv_head * self.head_dim, bias=False)
         self.c_proj = Linear(n_head * self.head_dim, model_dim, bias=False)
-        gate = Linear(min(32, model_dim), n_kv_head, bias=False)
-        self.gate = gate if has_value_embed else None
+        self.gate = Linear(min(32, model_dim), n_kv_head, bias=False) if has_value_embed else None
         self.attend = attend
 
     def forward(self, x, value_embed, cos, sin):
@@ -180,8 +179,6 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a normalised copy of the residual stream."""
-
     def __init__(self, model_dim, *attention_args):
         super().__init__()
         self.attn = Attention(model_dim, *attention_args)
@@ -393,7 +390,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(stack)
                 state["second_moment"] = stack.new_zeros((n, r, 1) if r >= c else (n, 1, c))
             values = torch.tensor([group[key] for key in ("lr", "momentum", "weight_decay")])
-            values = values.to(stack.device, non_blocking=True).unbind(0)
+            values = values.to(stack.device, non_blocking=ON_CUDA).unbind(0)
             buffers = state["momentum_buffer"], state["second_moment"]
             grads = torch.stack([p.grad for p in params])
             self.update(stack, grads, *buffers, *values, group["beta2"])
@@ -453,11 +450,9 @@ PEAK_FLOPS = {
     "H200 NVL": 835e12,
     "H100": 989.5e12,
     "H200": 989.5e12,
-    "GH200": 989.5e12,
-    "B200": 2250e12,
+    "NVIDIA B200": 2250e12,
     "A100": 312e12,
     "L40S": 362e12,
-    "RTX 4090": 165.2e12,
 }
 
 
@@ -538,14 +533,16 @@ def main():
             forward = compile_model(model, device) if use_compile else model
             optimizers = make_optimizers(model, use_compile and ON_CUDA)
             inputs, targets = torch.randint(vocab_size, (2, rows, seq_len), device=device).unbind(0)
-            forward(inputs, targets).backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                optimizer.state.clear()
+            for _ in range(2):  # the second time with gradients and optimizer state in memory
+                forward(inputs, targets).backward()
+                for optimizer in optimizers:
+                    optimizer.step()
             with torch.compiler.set_stance(eval_stance):
                 prepare.score_batch(forward.eval(), inputs, targets, vocab_size)
             forward.train()
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+                optimizer.state.clear()
             break
         except torch.OutOfMemoryError:
             if rows == 1:
@@ -556,9 +553,12 @@ def main():
             if not use_compile:
                 raise
             print(f"torch.compile failed, running eagerly: {first_line(error)}")
-            use_compile, backend = False, "sdpa" if backend == "flex" else backend
-        model = forward = optimizers = inputs = targets = None
-        torch.cuda.empty_cache()
+            use_compile, backend = False, "sdpa"  # what cannot fail where eager attention can run
+        model = forward = optimizers = optimizer = inputs = targets = None
+        torch.compiler.reset()
+        if ON_CUDA:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     grad_accum_steps = TOTAL_BATCH_SIZE // (rows * seq_len)
     torch.manual_seed(prepare.SEED)
     model.init_weights()

@@ -20,6 +20,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# What the server that forks processes for tests imports first; pytest has one server for all files
+PRELOAD = ["kernels", "pyarrow.parquet", "pytest", "requests", "rustbpe", "tiktoken", "torch"]
+PRELOAD += ["torch._dynamo", "torch.nn.attention.flex_attention", "torch.optim"]
 sys.path.insert(0, str(ROOT))
 
 for name in ("AUTORESEARCH_SEED", "AUTORESEARCH_SPLIT", "HF_ENDPOINT", "http_proxy", "https_proxy"):

@@ -732,7 +732,8 @@ def busy(device, count=8):
 @gpu
 def test_gpu_loader_delivers_the_packers_batches_under_load(cache, tokenizer):
     loader = prepare.make_dataloader(tokenizer, 8, 256, "train", torch.device("cuda"))
-    rows = prepare.pack(prepare.read_tokens(tokenizer, "train"), 257)
+    paths = prepare.shard_paths("tokens", "train")
+    rows = prepare.pack((d for path in paths for d in prepare.read_tokens(path, tokenizer)), 257)
     seen = []
     for inputs, targets in itertools.islice(loader, 100):
         busy("cuda")

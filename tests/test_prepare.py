@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, Hub
+from conftest import PRELOAD, ROOT, Hub
 
 import prepare
 
@@ -406,7 +406,7 @@ def test_ctrl_c_then_a_rerun(climbmix, label, monkeypatch):
 def in_another_process(folder, url, label=None):
     """Start a run of prepare.py; kill it in the middle of a phase."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["prepare", "test_prepare"])
+    context.set_forkserver_preload([*PRELOAD, "prepare", "test_prepare"])
     process = context.Process(target=run_and_die, args=(folder, url, label))
     process.start()
     return process

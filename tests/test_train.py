@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import PRELOAD
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_SECONDS = 3
@@ -38,8 +39,6 @@ SMALL = {  # for runs that test no learning; a constant that is not there any mo
     "DEVICE_BATCH_SIZE": "2",
     "TOTAL_BATCH_SIZE": "2**11",
 }
-PRELOAD = ["kernels", "pyarrow.parquet", "pytest", "requests", "rustbpe", "tiktoken", "torch"]
-PRELOAD += ["torch._dynamo", "torch.nn.attention.flex_attention", "torch.optim"]
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(PRELOAD)
 
