@@ -642,11 +642,17 @@ def test_peak_of_known_devices_only():
         "NVIDIA H100 PCIe": 756e12,
         "NVIDIA H200": 989.5e12,
         "NVIDIA A100-SXM4-80GB": 312e12,
-        "NVIDIA GeForce RTX 4090": 165.2e12,
     }
     for name, peak in peaks.items():
         assert train.peak_flops(name) == peak
-    for name in ("cpu", "mps", "NVIDIA T4", ""):
+    for name in (
+        "cpu",
+        "mps",
+        "NVIDIA T4",
+        "NVIDIA GB200",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "",
+    ):
         assert math.isnan(train.peak_flops(name))
 
 
