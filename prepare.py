@@ -56,7 +56,7 @@ EVAL_SPLIT = setting("AUTORESEARCH_SPLIT", "val", "val|test")  # test: for the p
 SEED = int(setting("AUTORESEARCH_SEED", "42", "[0-9]{1,18}"))  # no hyperparameter: noise
 CACHE_DIR = Path(setting("AUTORESEARCH_CACHE", "~/.cache/autoresearch", ".+")).expanduser()
 HF_ENDPOINT = setting("HF_ENDPOINT", "https://huggingface.co", "https?://.+").rstrip("/")
-MAX_SEQ_LEN = 2048 if CORPUS == "climbmix" else 512  # tokens of context
+MAX_SEQ_LEN = 2048 if CORPUS == "climbmix" else 1024  # tokens of context
 VOCAB_SIZE = 8192 if CORPUS == "climbmix" else 4096  # tokens, special ones included
 EVAL_TOKENS = 40 * 2**19 if CORPUS == "climbmix" else 2**18  # tokens scored
 TIME_BUDGET = 300  # seconds of training, from the first training batch
@@ -134,11 +134,11 @@ def fetch(url, part, progress):
         with part.open("ab" if response.status_code == 206 else "wb") as file:
             for chunk in response.iter_content(2**14):
                 progress.update(file.write(chunk))
-    sha256 = hashlib.sha256(part.read_bytes()).hexdigest()
-    for answer in (response, *response.history):
-        etag = answer.headers.get("X-Linked-Etag", "").strip('"')
-        if len(etag) == 64 and etag != sha256:
-            raise ValueError("sha256 differs from the one announced")
+    with part.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    etags = [a.headers.get("X-Linked-Etag", "").strip('"') for a in (response, *response.history)]
+    if any(len(etag) == 64 and etag != sha256 for etag in etags):
+        raise ValueError("sha256 differs from the one announced")
     pq.read_metadata(part)  # raises a ValueError of its own if this is no parquet
 
 

@@ -79,7 +79,7 @@ def test_cuda_constants_are_the_published_baseline(monkeypatch):
 
 
 def test_batch_sizes_divide_on_both_corpora(monkeypatch):
-    for on_cuda, seq_len in ((True, 2048), (True, 512), (False, 512)):
+    for on_cuda, seq_len in ((True, 2048), (True, 1024), (False, 1024)):
         shipped = constants(on_cuda, monkeypatch)
         rows = shipped.DEVICE_BATCH_SIZE
         assert rows & (rows - 1) == 0, "halving must end at one row"

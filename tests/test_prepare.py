@@ -157,7 +157,7 @@ def test_bad_setting_is_one_line(name, value, monkeypatch):
 def test_settings_are_taken(monkeypatch, tmp_path):
     for corpus, contract in {
         "climbmix": (2048, 8192, 40 * 2**19),
-        "python": (512, 4096, 2**18),
+        "python": (1024, 4096, 2**18),
     }.items():
         monkeypatch.setenv("AUTORESEARCH_CORPUS", corpus)
         monkeypatch.setenv("AUTORESEARCH_SEED", "43")
@@ -639,7 +639,7 @@ def test_flipped_byte_in_the_tokenizer(copy, prepared_cache):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("CORPUS", "climbmix"), ("VOCAB_SIZE", 8192), ("MAX_SEQ_LEN", 1024)]
+    "name, value", [("CORPUS", "climbmix"), ("VOCAB_SIZE", 8192), ("MAX_SEQ_LEN", 512)]
 )
 def test_tokenizer_of_another_contract(copy, name, value, monkeypatch):
     other = prepare.contract()

@@ -1,0 +1,392 @@
+"""Measure every figure of the README on this machine; prints one table of ratios.
+
+    uv run python tests/benchmark.py            # speed, about eight minutes
+    uv run python tests/benchmark.py --quality  # trainings, shipped against published: 36 more
+
+Needs the python corpus (`uv run prepare.py`) and a machine that does nothing else. What is compared
+is run in alternation; a figure is the median of its rounds, with the range in brackets.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import prepare  # noqa: E402
+import train  # noqa: E402
+
+ROUNDS, STEPS = 5, 10  # rounds of every comparison; optimizer steps of one
+SPAWN = multiprocessing.get_context("spawn")  # a process of its own: settings are process-wide
+FOREVER = 1e9  # seconds
+
+# The published recipe shrunk by its own advice
+PUBLISHED_SEQ_LEN = 256
+PUBLISHED = {
+    "DEPTH": 4,
+    "ASPECT_RATIO": 64,
+    "HEAD_DIM": 128,
+    "WINDOW_PATTERN": "L",
+    "ROPE_BASE": 10_000,
+    "TOTAL_BATCH_SIZE": 2**14,
+    "DEVICE_BATCH_SIZE": 16,
+    "EMBEDDING_LR": 0.6,
+    "UNEMBEDDING_LR": 0.004,
+    "MATRIX_LR": 0.04,
+    "SCALAR_LR": 0.5,
+    "WEIGHT_DECAY": 0.2,
+    "ADAM_BETAS": (0.8, 0.95),
+    "WARMUP_RATIO": 0.0,
+    "WARMDOWN_RATIO": 0.5,
+    "FINAL_LR_FRAC": 0.0,
+}
+
+
+def median(values, form, unit=1):
+    """Return "median (lowest to highest)" in a unit."""
+    low, mid, high = (f(values) / unit for f in (min, statistics.median, max))
+    return f"{mid:{form}} ({low:{form}} to {high:{form}})"
+
+
+def pair(values, form):
+    return "; ".join(f"{value:{form}}" for value in values)
+
+
+def ratio(pairs):
+    """Return the median of the quotients of pairs."""
+    return median([a / b for a, b in pairs], ".2f")
+
+
+def seconds(function, *args):
+    start = time.monotonic()
+    function(*args)
+    return time.monotonic() - start
+
+
+# --- Training step and evaluation -----------------------------------------------------------------
+
+
+class Gate:
+    """A training loader that lets as many batches through as the benchmark asks for."""
+
+    epoch, elapsed, progress = 1, 0.0, 0.0
+
+    def __init__(self, loader, pipe):
+        self.loader, self.pipe = loader, pipe
+
+    def __iter__(self):
+        self.pipe.send("warm")
+        while num_steps := self.pipe.recv():
+            num_tokens = num_steps * train.TOTAL_BATCH_SIZE
+            num_batches = num_tokens // (self.loader.batch_size * prepare.MAX_SEQ_LEN)
+            start = time.monotonic()
+            yield from itertools.islice(self.loader, num_batches)
+            self.pipe.send(num_tokens / (time.monotonic() - start))
+
+
+def make_plain():
+    """Turn train.py into the plain loop: eager, float32, torch's defaults, all logits at once."""
+
+    def loss(x, weight, targets, _):
+        return F.cross_entropy(train.softcap(F.linear(x, weight)), targets)
+
+    train.LinearCrossEntropy = SimpleNamespace(apply=loss)
+    train.tune_cpu = lambda: None
+    train.choose_dtype = lambda device: torch.float32
+    train.compile_model = lambda model, device: model
+
+
+def gated_training(pipe, plain):
+    """Run train.py's main(): steps as asked for, then evaluation against bare forward passes."""
+    silence()
+    if plain:
+        make_plain()
+    prepare.TIME_BUDGET = prepare.HARD_LIMIT = FOREVER
+    make_dataloader, evaluate_bpb = prepare.make_dataloader, prepare.evaluate_bpb
+
+    def gated_dataloader(tokenizer, batch_size, seq_len, split, device):
+        loader = make_dataloader(tokenizer, batch_size, seq_len, split, device)
+        return Gate(loader, pipe) if split == "train" else loader
+
+    def compare_evaluation(model, tokenizer, batch_size, split):
+        loader = make_dataloader(tokenizer, batch_size, prepare.MAX_SEQ_LEN, split, "cpu")
+        batches = [inputs for inputs, _ in loader]
+
+        @torch.no_grad()
+        def forward_passes():
+            for inputs in batches:
+                model(inputs)
+
+        pipe.send(model.flops_per_token())
+        for _ in range(ROUNDS):
+            model.eval()
+            bare = seconds(forward_passes)
+            pipe.send((seconds(evaluate_bpb, model, tokenizer, batch_size, split), bare))
+        return 0.0
+
+    prepare.make_dataloader, prepare.evaluate_bpb = gated_dataloader, compare_evaluation
+    train.main()
+
+
+def silence():
+    """Send what this process prints nowhere."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+
+def start(target, *args):
+    """Start a process that runs target(pipe, *args); return our end of the pipe."""
+    ours, theirs = SPAWN.Pipe()
+    SPAWN.Process(target=target, args=(theirs, *args), daemon=True).start()
+    theirs.close()
+    return ours
+
+
+def matmul_flops(dtype, size=4096):
+    """Return the rate of a large matrix product, in FLOP/s."""
+    a, b = torch.randn(2, size, size).to(dtype).unbind(0)
+    return 2 * size**3 / seconds(torch.matmul, a, b)
+
+
+def measure_training():
+    workers = [start(gated_training, plain) for plain in (False, True)]
+    for worker in workers:
+        worker.recv()  # warm
+    rounds = []
+    for _ in range(1 + ROUNDS):
+        rates = [matmul_flops(dtype) for dtype in (torch.float32, torch.bfloat16)]
+        for worker in workers:
+            worker.send(STEPS)
+            rates.append(worker.recv())
+        rounds.append(rates)
+    single, half, shipped, plain = zip(*rounds[1:], strict=True)  # the first warms the caches up
+    workers[1].close()  # ends that process
+    workers[0].send(0)  # on to the evaluation
+    flops = workers[0].recv()
+    times = [workers[0].recv() for _ in range(ROUNDS)]
+    ceiling = [max(pair) for pair in zip(single, half, strict=True)]
+    share = [100 * flops * rate / top for rate, top in zip(shipped, ceiling, strict=True)]
+    return [
+        ("matrix product, bfloat16, GFLOP/s", median(half, ".0f", 1e9)),
+        ("matrix product, float32, GFLOP/s", median(single, ".0f", 1e9)),
+        ("training loop, tokens/s", median(shipped, ",.0f")),
+        ("its model FLOP/s, % of the faster product's", median(share, ".0f")),
+        ("training loop / plain loop (eager, float32)", ratio(zip(shipped, plain, strict=True))),
+        ("evaluate_bpb / bare forward passes, seconds", ratio(times)),
+    ]
+
+
+# --- Whole runs -----------------------------------------------------------------------------------
+
+
+class Pieces(torch.nn.Module):
+    """A model of a short context on longer rows: each row is cut into pieces of that context."""
+
+    def __init__(self, model, seq_len):
+        super().__init__()
+        self.model, self.seq_len = model, seq_len
+
+    def forward(self, idx):
+        return self.model(idx.view(-1, self.seq_len)).view(*idx.shape, -1)
+
+
+def make_published():
+    """Turn train.py into the published recipe, its context included; the evaluator stays ours."""
+    seq_len, contract, evaluate_bpb = prepare.MAX_SEQ_LEN, prepare.contract(), prepare.evaluate_bpb
+
+    def evaluate_pieces(model, tokenizer, batch_size, split):
+        prepare.MAX_SEQ_LEN = seq_len
+        return evaluate_bpb(Pieces(model, PUBLISHED_SEQ_LEN), tokenizer, batch_size, split)
+
+    prepare.contract, prepare.evaluate_bpb = lambda: contract, evaluate_pieces
+    prepare.MAX_SEQ_LEN = PUBLISHED_SEQ_LEN
+    for name, value in PUBLISHED.items():
+        setattr(train, name, value)
+
+
+def run(pipe, change, budget, seed, compile_cache):
+    """Train by train.py's main(), changed or as shipped (None); send its summary."""
+    silence()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = compile_cache
+    prepare.TIME_BUDGET, prepare.SEED = budget, seed
+    if change:
+        change()
+    pipe.send(train.main())
+
+
+def measure_overhead():
+    """Time all that is not training: imports, compilation, evaluation."""
+    overheads = []
+    with tempfile.TemporaryDirectory() as compile_cache:
+        for _ in range(2):
+            summary = start(run, None, 10, prepare.SEED, compile_cache).recv()
+            overheads.append(summary["total_seconds"] - summary["training_seconds"])
+    return [("total less training seconds, compiler's cache empty; filled", pair(overheads, ".1f"))]
+
+
+def measure_quality():
+    """Train for the whole budget, shipped and published in alternation."""
+    changes, bpb = {"shipped": None, "published": make_published}, {}
+    with tempfile.TemporaryDirectory() as compile_cache:
+        for seed, name in itertools.product((42, 43, 44), changes):
+            summary = start(run, changes[name], prepare.TIME_BUDGET, seed, compile_cache).recv()
+            print(f"{name}, seed {seed}: {summary}", flush=True)
+            bpb.setdefault(name, []).append(summary["val_bpb"])
+    gain = 100 * (1 - statistics.median(bpb["shipped"]) / statistics.median(bpb["published"]))
+    rows = [(f"val_bpb, {name} recipe, 3 runs", median(bpb[name], ".4f")) for name in changes]
+    return [*rows, ("shipped below published, % of the medians", f"{gain:.1f}")]
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+
+def obvious_loader(tokenizer, batch_size, row_len):
+    """Yield batches tokenised on the fly and packed by scanning a list, as loaders mostly do."""
+    paths = itertools.cycle(prepare.shard_paths("data", "train"))
+    texts = itertools.chain.from_iterable(
+        itertools.chain.from_iterable(map(prepare.read_texts, paths))
+    )
+    buffer = []
+    while True:
+        rows = []
+        while len(rows) < batch_size:
+            row = []
+            while len(row) < row_len:
+                while len(buffer) < 1000:
+                    buffer.append([tokenizer.bos_token_id, *tokenizer.encode(next(texts))])
+                fits = [i for i, tokens in enumerate(buffer) if len(tokens) <= row_len - len(row)]
+                if fits:
+                    i = max(fits, key=lambda i: len(buffer[i]))
+                else:
+                    i = min(range(len(buffer)), key=lambda i: len(buffer[i]))
+                row += buffer.pop(i)[: row_len - len(row)]
+            rows.append(row)
+        batch = torch.tensor(rows)
+        yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+
+def measure_loader(tokenizer, batch_size=32):
+    torch.set_num_threads(1)
+    seq_len = prepare.MAX_SEQ_LEN
+    ours = prepare.make_dataloader(tokenizer, batch_size, seq_len, "train", "cpu")
+    loaders = [(ours, 400), (obvious_loader(tokenizer, batch_size, seq_len + 1), 10)]
+    rounds = []
+    for _ in range(1 + ROUNDS):
+        rates = []
+        for loader, num_batches in loaders:
+            took = seconds(
+                lambda batches: [None for _ in batches], itertools.islice(loader, num_batches)
+            )
+            rates.append(num_batches * batch_size * seq_len / took)
+        rounds.append(rates)
+    del rounds[0]  # it filled the buffers
+    return [
+        ("loader on one core, M tokens/s", median([fast for fast, _ in rounds], ".1f", 1e6)),
+        ("loader / tokenising on the fly, scanning a list", ratio(rounds)),
+    ]
+
+
+def run_prepare(cache):
+    """Prepare the python corpus in an empty cache; return seconds and peak memory in bytes."""
+    variables = os.environ | {"AUTORESEARCH_CACHE": cache, "AUTORESEARCH_CORPUS": "python"}
+    before = time.monotonic()
+    command = [sys.executable, ROOT / "prepare.py"]
+    process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit("prepare.py failed")
+    return time.monotonic() - before, usage.ru_maxrss * 1024
+
+
+def tokenize_all(pipe, cache, tokenizer_directory):
+    """Tokenise what lies in a cache; send the peak memory of this process in bytes."""
+    silence()
+    prepare.CACHE_DIR = cache
+    prepare.tokenize(prepare.Tokenizer.from_directory(tokenizer_directory))
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def peak_of_tokenizing(texts, copies):
+    """Return the peak memory of tokenising a shard that holds the texts so many times, in bytes."""
+    with tempfile.TemporaryDirectory() as cache:
+        data = Path(cache) / prepare.CORPUS / "data"
+        data.mkdir(parents=True)
+        schema = pa.schema({"text": pa.string()})
+        for stem in (prepare.VAL_SHARD, prepare.TEST_SHARD, "shard_00000"):
+            with pq.ParquetWriter(data / f"{stem}.parquet", schema, compression="zstd") as writer:
+                for _ in range(copies if stem == "shard_00000" else 1):
+                    for i in range(0, len(texts), prepare.GROUP_DOCUMENTS):
+                        part = pa.array(texts[i : i + prepare.GROUP_DOCUMENTS], pa.string())
+                        writer.write_batch(pa.record_batch([part], schema=schema))
+        return start(tokenize_all, Path(cache), prepare.folder("tokenizer")).recv()
+
+
+def measure_prepare(tokenizer):
+    with tempfile.TemporaryDirectory() as cache:
+        took, peak = run_prepare(cache)
+    paths = [path for s in ("train", "val", "test") for path in prepare.shard_paths("data", s)]
+    texts = [text for path in paths for batch in prepare.read_texts(path) for text in batch]
+    times, data, home = [], prepare.folder("data"), prepare.CACHE_DIR
+    for _ in range(ROUNDS):
+        with tempfile.TemporaryDirectory() as cache:
+            prepare.CACHE_DIR = Path(cache)
+            prepare.folder("data").parent.mkdir()
+            prepare.folder("data").symlink_to(data)
+            ours = seconds(prepare.tokenize, tokenizer)
+        times.append((ours, seconds(tokenizer.encode_batch, texts)))
+    prepare.CACHE_DIR = home
+    some = texts[: len(texts) // 4]
+    sizes = [copies * sum(map(len, some)) / 1e6 for copies in (2, 16)]
+    peaks = [peak_of_tokenizing(some, copies) / 2**20 for copies in (2, 16)]
+    return [
+        ("prepare.py, python corpus, s; peak memory, MiB", f"{took:.1f}; {peak / 2**20:,.0f}"),
+        (
+            "tokenising shard to shard / tiktoken alone, seconds",
+            ratio(times),
+        ),
+        (f"peak MiB, tokenising {pair(sizes, '.0f')} M characters", pair(peaks, ",.0f")),
+    ]
+
+
+# --- Table ----------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure the README's figures.")
+    parser.add_argument("--quality", action="store_true", help="also train, for 36 minutes")
+    quality = parser.parse_args().quality
+    tokenizer = prepare.Tokenizer.from_directory()
+    rows = measure_training() + measure_overhead()
+    if quality:
+        rows += measure_quality()
+    rows += measure_prepare(tokenizer) + measure_loader(tokenizer)
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    name = (names or [platform.processor()])[0]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    print(f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, commit {commit}")
+    print(f"| measured | median of {ROUNDS} (range) |\n| --- | --- |")
+    for what, figure in rows:
+        print(f"| {what} | {figure} |")
+
+
+if __name__ == "__main__":
+    main()
