@@ -28,8 +28,8 @@ import prepare
 
 ON_CUDA = torch.cuda.is_available()
 
-DEPTH = 8 if ON_CUDA else 6  # layers; the main size knob
-ASPECT_RATIO = 64 if ON_CUDA else 32  # model_dim = DEPTH * ASPECT_RATIO, up to full heads
+DEPTH = 8 if ON_CUDA else 4  # layers; the main size knob
+ASPECT_RATIO = 64 if ON_CUDA else 48  # model_dim = DEPTH * ASPECT_RATIO, up to full heads
 HEAD_DIM = 128 if ON_CUDA else 192  # channels a head
 WINDOW_PATTERN = "SSSL" if ON_CUDA else "L"  # S: half the context, L: all; cycled, the last is L
 SOFTCAP = 15  # logits stay between -SOFTCAP and SOFTCAP

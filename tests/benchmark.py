@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import platform
 import re
-import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -86,10 +86,11 @@ def seconds(function, *args):
 class Gate:
     """A training loader that lets as many batches through as the benchmark asks for."""
 
-    epoch, elapsed, progress = 1, 0.0, 0.0
-
     def __init__(self, loader, pipe):
         self.loader, self.pipe = loader, pipe
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
 
     def __iter__(self):
         self.pipe.send("warm")
@@ -183,8 +184,8 @@ def measure_training():
     ceiling = [max(pair) for pair in zip(single, half, strict=True)]
     share = [100 * flops * rate / top for rate, top in zip(shipped, ceiling, strict=True)]
     return [
-        ("matrix product, bfloat16, GFLOP/s", median(half, ".0f", 1e9)),
-        ("matrix product, float32, GFLOP/s", median(single, ".0f", 1e9)),
+        ("4096 x 4096 matrix product, float32, GFLOP/s", median(single, ".0f", 1e9)),
+        ("the same, bfloat16", median(half, ".0f", 1e9)),
         ("training loop, tokens/s", median(shipped, ",.0f")),
         ("its model FLOP/s, % of the faster product's", median(share, ".0f")),
         ("training loop / plain loop (eager, float32)", ratio(zip(shipped, plain, strict=True))),
@@ -302,44 +303,36 @@ def measure_loader(tokenizer, batch_size=32):
     ]
 
 
-def run_prepare(cache):
-    """Prepare the python corpus in an empty cache; return seconds and peak memory in bytes."""
-    variables = os.environ | {"AUTORESEARCH_CACHE": cache, "AUTORESEARCH_CORPUS": "python"}
-    before = time.monotonic()
-    command = [sys.executable, ROOT / "prepare.py"]
-    process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit("prepare.py failed")
-    return time.monotonic() - before, usage.ru_maxrss * 1024
-
-
-def tokenize_all(pipe, cache, tokenizer_directory):
-    """Tokenise what lies in a cache; send the peak memory of this process in bytes."""
+def prepare_alone(pipe, cache):
+    """Do what prepare.py does, in a cache; send the peak memory of this process in MiB."""
     silence()
-    prepare.CACHE_DIR = cache
-    prepare.tokenize(prepare.Tokenizer.from_directory(tokenizer_directory))
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    prepare.CACHE_DIR, sys.argv = cache, ["prepare.py"]
+    prepare.main()
+    status = Path("/proc/self/status").read_text()
+    pipe.send(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10)
 
 
 def peak_of_tokenizing(texts, copies):
-    """Return the peak memory of tokenising a shard that holds the texts so many times, in bytes."""
+    """Return the peak memory of tokenising a shard that holds the texts so many times, in MiB."""
     with tempfile.TemporaryDirectory() as cache:
-        data = Path(cache) / prepare.CORPUS / "data"
-        data.mkdir(parents=True)
+        home = Path(cache) / prepare.CORPUS
+        shutil.copytree(prepare.folder("tokenizer"), home / "tokenizer")
+        (home / "data").mkdir()
         schema = pa.schema({"text": pa.string()})
         for stem in (prepare.VAL_SHARD, prepare.TEST_SHARD, "shard_00000"):
-            with pq.ParquetWriter(data / f"{stem}.parquet", schema, compression="zstd") as writer:
+            with pq.ParquetWriter(home / "data" / f"{stem}.parquet", schema) as writer:
                 for _ in range(copies if stem == "shard_00000" else 1):
                     for i in range(0, len(texts), prepare.GROUP_DOCUMENTS):
                         part = pa.array(texts[i : i + prepare.GROUP_DOCUMENTS], pa.string())
                         writer.write_batch(pa.record_batch([part], schema=schema))
-        return start(tokenize_all, Path(cache), prepare.folder("tokenizer")).recv()
+        return start(prepare_alone, Path(cache)).recv()
 
 
 def measure_prepare(tokenizer):
     with tempfile.TemporaryDirectory() as cache:
-        took, peak = run_prepare(cache)
+        begin = time.monotonic()
+        peak = start(prepare_alone, Path(cache)).recv()
+        took = time.monotonic() - begin
     paths = [path for s in ("train", "val", "test") for path in prepare.shard_paths("data", s)]
     texts = [text for path in paths for batch in prepare.read_texts(path) for text in batch]
     times, data, home = [], prepare.folder("data"), prepare.CACHE_DIR
@@ -353,9 +346,9 @@ def measure_prepare(tokenizer):
     prepare.CACHE_DIR = home
     some = texts[: len(texts) // 4]
     sizes = [copies * sum(map(len, some)) / 1e6 for copies in (2, 16)]
-    peaks = [peak_of_tokenizing(some, copies) / 2**20 for copies in (2, 16)]
+    peaks = [peak_of_tokenizing(some, copies) for copies in (2, 16)]
     return [
-        ("prepare.py, python corpus, s; peak memory, MiB", f"{took:.1f}; {peak / 2**20:,.0f}"),
+        ("prepare.py, python corpus, s; peak memory, MiB", f"{took:.1f}; {peak:,.0f}"),
         (
             "tokenising shard to shard / tiktoken alone, seconds",
             ratio(times),
@@ -371,6 +364,8 @@ def main():
     parser = argparse.ArgumentParser(description="Measure the README's figures.")
     parser.add_argument("--quality", action="store_true", help="also train, for 36 minutes")
     quality = parser.parse_args().quality
+    if train.ON_CUDA or prepare.CORPUS != "python":
+        sys.exit("benchmark.py: it measures the small scale: set CUDA_VISIBLE_DEVICES= (empty)")
     tokenizer = prepare.Tokenizer.from_directory()
     rows = measure_training() + measure_overhead()
     if quality:

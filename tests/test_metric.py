@@ -27,6 +27,7 @@ def contract(small_cache, monkeypatch):
     monkeypatch.setattr(prepare, "CACHE_DIR", small_cache)
     monkeypatch.setattr(prepare, "VOCAB_SIZE", V)
     monkeypatch.setattr(prepare, "MAX_SEQ_LEN", T)
+    monkeypatch.setattr(prepare, "PROBE_ROWS", T)  # a cut at every position of these short rows
     monkeypatch.setattr(prepare, "EVAL_TOKENS", T * NUM_ROWS)
 
 
@@ -235,7 +236,7 @@ def test_peeking_through_a_shared_buffer_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize("phase", range(16))
-@pytest.mark.parametrize("length", [512, 2048])
+@pytest.mark.parametrize("length", [512, 1024, 2048])
 def test_cuts_are_spread_over_a_row_of_full_length(length, phase):
     """A stand-in of two tokens that sees the next one at every sixteenth position of full rows."""
 
