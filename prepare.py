@@ -225,9 +225,8 @@ def build_python():
         for i in range(0, len(texts), size):
             stem = {"val": VAL_SHARD, "test": TEST_SHARD}.get(split, f"shard_{i // size:05d}")
             table = pa.table({"text": pa.array(texts[i : i + size], pa.string())})
-            pq.write_table(
-                table, temporary / f"{stem}.parquet", GROUP_DOCUMENTS, compression="zstd"
-            )
+            path = temporary / f"{stem}.parquet"
+            pq.write_table(table, path, compression="zstd", row_group_size=GROUP_DOCUMENTS)
     temporary.replace(folder("data"))
     print(f"python corpus written; {unreadable} files were not readable")
 
@@ -484,10 +483,9 @@ def check_causality(model, inputs, targets, vocab_size, scores):
     Every row is cut at another position; all tokens after the cut are changed, and nothing up to
     it may move. The step from cut to cut is prime, so that cuts follow no shorter period.
     """
-    B, T = inputs.shape
-    steps = range(max((T - 1) // PROBE_ROWS, 1), 0, -1)
-    step = next(s for s in steps if all(s % divisor for divisor in range(2, s)))
-    generator = torch.Generator().manual_seed(SEED)
+    (B, T), generator = inputs.shape, torch.Generator().manual_seed(SEED)
+    primes = (s for s in range(T // PROBE_ROWS or 1, 0, -1) if all(s % d for d in range(2, s)))
+    step = next(s for s in primes if math.gcd(s, T - 1) == 1)
     for first in range(0, PROBE_ROWS, B):
         cuts = (T - 2 - step * torch.arange(first, first + B)) % (T - 1)
         later = torch.arange(T) > cuts[:, None]

@@ -32,7 +32,7 @@ DEPTH = 8 if ON_CUDA else 4  # layers; the main size knob
 ASPECT_RATIO = 64 if ON_CUDA else 48  # model_dim = DEPTH * ASPECT_RATIO, up to full heads
 HEAD_DIM = 128 if ON_CUDA else 192  # channels a head
 WINDOW_PATTERN = "SSSL" if ON_CUDA else "L"  # S: half the context, L: all; cycled, the last is L
-SOFTCAP = 15  # logits stay between -SOFTCAP and SOFTCAP
+SOFTCAP = 15  # logits stay between -SOFTCAP and SOFTCAP; under 80, see softcap_loss
 LOSS_SLICE = 2**14 if ON_CUDA else 512  # tokens whose logits are in memory at once
 ROPE_BASE = 10_000  # of the rotary embedding; larger for long contexts
 
@@ -333,7 +333,7 @@ POLAR_EXPRESS = [
 
 
 def orthogonalize(grad):
-    """Return the nearest semi-orthogonal matrices, roughly: singular values near 1, bf16 (n, r, c).
+    """Return the semi-orthogonal matrices nearest to grad (n, r, c), roughly, in bf16.
 
     The Frobenius norm bounds the spectral norm, so that the steps start within [0, 1].
     """

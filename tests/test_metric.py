@@ -237,7 +237,7 @@ def test_peeking_through_a_shared_buffer_is_refused(tokenizer):
 
 @pytest.mark.parametrize("phase", range(16))
 @pytest.mark.parametrize("length", [512, 1024, 2048])
-def test_cuts_are_spread_over_a_row_of_full_length(length, phase):
+def test_cuts_are_spread_over_a_row_of_full_length(length, phase, monkeypatch):
     """A stand-in of two tokens that sees the next one at every sixteenth position of full rows."""
 
     class Narrow(nn.Module):
@@ -246,6 +246,7 @@ def test_cuts_are_spread_over_a_row_of_full_length(length, phase):
             later[:, -1] = 0
             return torch.stack([torch.zeros(later.shape), later.float()], dim=-1)
 
+    monkeypatch.setattr(prepare, "PROBE_ROWS", prepare.SHIPPED["PROBE_ROWS"])
     inputs = torch.randint(2, (16, length), generator=torch.Generator().manual_seed(phase))
     scores = prepare.score_batch(Narrow(), inputs, inputs, 2)
     with pytest.raises(prepare.ContractError, match="not causal"):

@@ -37,7 +37,7 @@ SMALL = {  # for runs that test no learning; a constant that is not there any mo
     "ASPECT_RATIO": "32",
     "HEAD_DIM": "32",
     "DEVICE_BATCH_SIZE": "2",
-    "TOTAL_BATCH_SIZE": "2**11",
+    "TOTAL_BATCH_SIZE": "2**12",
 }
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(PRELOAD)
