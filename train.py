@@ -19,7 +19,6 @@ import time
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from kernels import get_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import prepare
@@ -34,6 +33,7 @@ HEAD_DIM = 128 if ON_CUDA else 192  # channels a head
 WINDOW_PATTERN = "SSSL" if ON_CUDA else "L"  # S: half the context, L: all; cycled, the last is L
 SOFTCAP = 15  # logits stay between -SOFTCAP and SOFTCAP; under 80, see softcap_loss
 LOSS_SLICE = 2**14 if ON_CUDA else 512  # tokens whose logits are in memory at once
+QUERY_SLICE = 512  # queries that sdpa attends for at once, to no key after them
 ROPE_BASE = 10_000  # of the rotary embedding; larger for long contexts
 
 TOTAL_BATCH_SIZE = 2**19 if ON_CUDA else 2**13  # tokens an optimizer step
@@ -56,6 +56,8 @@ FINAL_LR_FRAC = 0.0  # what is left of the rates at the end
 @functools.cache
 def flash_attention_3():
     """Return flash_attn_func of FlashAttention-3 from the Hub (Shah et al., arXiv 2407.08608)."""
+    from kernels import get_kernel  # takes half a second, which no CPU needs to wait
+
     return get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
 
 
@@ -83,8 +85,7 @@ def make_attention(backend, seq_len, window, device):
     """
     window = min(window, seq_len)
     if backend == "flash-attn3":
-        attend = flash_attention_3()
-        return lambda q, k, v: attend(q, k, v, causal=True, window_size=(window, 0))
+        return functools.partial(flash_attention_3(), causal=True, window_size=(window, 0))
 
     def banded(b, h, query, key):
         return (key <= query) & (query - key <= window)
@@ -93,11 +94,16 @@ def make_attention(backend, seq_len, window, device):
         mask = create_block_mask(banded, None, None, seq_len, seq_len, device=device)
         attend = functools.partial(flex_attention, block_mask=mask)
     else:
-        position = torch.arange(seq_len, device=device)
-        mask = None if window >= seq_len - 1 else banded(0, 0, position[:, None], position)
-        attend = functools.partial(
-            F.scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None
-        )
+        position, sdpa = torch.arange(seq_len, device=device), F.scaled_dot_product_attention
+        parts = []  # a slice of the queries, that of the keys which it can see, and the mask
+        for start in range(0, seq_len, QUERY_SLICE):
+            queries = slice(start, start + QUERY_SLICE)
+            keys = slice(max(start - window, 0), start + QUERY_SLICE)
+            parts.append((queries, keys, banded(0, 0, position[queries, None], position[keys])))
+
+        def attend(q, k, v, **kwargs):
+            y = [sdpa(q[:, :, a], k[:, :, b], v[:, :, b], mask, **kwargs) for a, b, mask in parts]
+            return torch.cat(y, dim=2)
 
     def heads_first(q, k, v):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -274,20 +280,18 @@ class GPT(nn.Module):
             attn = block.attn
             for layer in (attn.c_q, attn.c_k, attn.c_v, block.mlp.c_fc):
                 nn.init.uniform_(layer.weight, -bound, bound)
-            for layer in (attn.c_proj, block.mlp.c_proj, attn.gate):
-                if layer is not None:
-                    nn.init.zeros_(layer.weight)
+            for layer in filter(None, (attn.c_proj, block.mlp.c_proj, attn.gate)):
+                nn.init.zeros_(layer.weight)
         for table in self.value_embeds.values():
             nn.init.uniform_(table.weight, -bound, bound)
 
     def forward(self, idx, targets=None):
         """Return logits (B, T, V), or with targets (B, T) the mean cross-entropy in nats."""
         x = norm(self.wte(idx).to(self.dtype))
-        x0 = x
+        x0 = x.view_as(x)  # no second name of x: a block compiled for that would fit no other
         for i, block in enumerate(self.blocks):
-            embed = None
-            if str(i) in self.value_embeds:
-                embed = self.value_embeds[str(i)](idx).to(x.dtype)
+            has_embed = str(i) in self.value_embeds
+            embed = self.value_embeds[str(i)](idx).to(x.dtype) if has_embed else None
             lambdas = self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype)
             x = block(x, x0, *lambdas, embed, self.cos, self.sin)
         x = norm(x)
@@ -339,8 +343,7 @@ def orthogonalize(grad):
     """
     X = grad.bfloat16()
     tall = X.size(-2) > X.size(-1)
-    if tall:
-        X = X.mT
+    X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
@@ -610,8 +613,7 @@ def main():
             )
             print(f"\r{line}" if terminal else line, end="" if terminal else "\n", flush=True)
             shown_step, shown_at = step, loader.elapsed
-    if terminal:
-        print()
+    print(end="\n" if terminal else "")
     if step == 0 or not math.isfinite(smooth_loss.item()):
         sys.exit(f"train.py: {'the loss is not finite' if step else 'no step was finished'}")
     training_seconds = loader.elapsed
@@ -620,11 +622,9 @@ def main():
     split = prepare.EVAL_SPLIT
     with torch.compiler.set_stance(eval_stance):
         bpb = prepare.evaluate_bpb(forward, tokenizer, rows, split)
-    if ON_CUDA:
-        peak_bytes = torch.cuda.max_memory_allocated()
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak_bytes = torch.cuda.max_memory_allocated() if ON_CUDA else rss
     total_tokens = step * TOTAL_BATCH_SIZE
     summary = {
         f"{split}_bpb": f"{bpb:.6f}",

@@ -122,8 +122,10 @@ CASES = [  # T, window, H, H_kv: odd lengths, no context, full context and beyon
 ]
 
 
+@pytest.mark.parametrize("query_slice", [5, 16, 512])
 @pytest.mark.parametrize(("T", "window", "H", "H_kv"), CASES)
-def test_sdpa_equals_the_loop_forward_and_backward(T, window, H, H_kv):
+def test_sdpa_equals_the_loop_forward_and_backward(query_slice, T, window, H, H_kv, monkeypatch):
+    monkeypatch.setattr(train, "QUERY_SLICE", query_slice)
     ours, reference = draw_qkv(T, H, H_kv), draw_qkv(T, H, H_kv)
     attend = train.make_attention("sdpa", T, window, CPU)
     y, expected = attend(*ours), loop_attention(*reference, window)
@@ -147,7 +149,8 @@ def test_flex_equals_the_loop(T, window, H, H_kv):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 @pytest.mark.parametrize("window", [0, 3, 11, 12])
-def test_query_sees_itself_and_the_window_before_it(backend, window):
+def test_query_sees_itself_and_the_window_before_it(backend, window, monkeypatch):
+    monkeypatch.setattr(train, "QUERY_SLICE", 5)
     T, cut = 12, 4
     q, k, v = (x.detach() for x in draw_qkv(T, 2, 2, dtype=torch.float32))
     attend = train.make_attention(backend, T, window, CPU)
