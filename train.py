@@ -19,6 +19,7 @@ import time
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from kernels import get_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import prepare
@@ -30,10 +31,10 @@ ON_CUDA = torch.cuda.is_available()
 DEPTH = 8 if ON_CUDA else 4  # layers; the main size knob
 ASPECT_RATIO = 64 if ON_CUDA else 48  # model_dim = DEPTH * ASPECT_RATIO, up to full heads
 HEAD_DIM = 128 if ON_CUDA else 192  # channels a head
-WINDOW_PATTERN = "SSSL" if ON_CUDA else "L"  # S: half the context, L: all; cycled, the last is L
+WINDOW_PATTERN = "SSSL" if ON_CUDA else "SL"  # S: short, L: all; cycled, the last is L
+SHORT_WINDOW = 1 / 2 if ON_CUDA else 1 / 8  # of the context
 SOFTCAP = 15  # logits stay between -SOFTCAP and SOFTCAP; under 80, see softcap_loss
 LOSS_SLICE = 2**14 if ON_CUDA else 512  # tokens whose logits are in memory at once
-QUERY_SLICE = 512  # queries that sdpa attends for at once, to no key after them
 ROPE_BASE = 10_000  # of the rotary embedding; larger for long contexts
 
 TOTAL_BATCH_SIZE = 2**19 if ON_CUDA else 2**13  # tokens an optimizer step
@@ -56,8 +57,6 @@ FINAL_LR_FRAC = 0.0  # what is left of the rates at the end
 @functools.cache
 def flash_attention_3():
     """Return flash_attn_func of FlashAttention-3 from the Hub (Shah et al., arXiv 2407.08608)."""
-    from kernels import get_kernel  # takes half a second, which no CPU needs to wait
-
     return get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
 
 
@@ -90,26 +89,32 @@ def make_attention(backend, seq_len, window, device):
     def banded(b, h, query, key):
         return (key <= query) & (query - key <= window)
 
+    def heads_first(q, k, v):
+        q, k, v = q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2)
+        return attend(q, k, v, enable_gqa=q.size(-3) != k.size(-3)).transpose(-3, -2)
+
     if backend == "flex":
         mask = create_block_mask(banded, None, None, seq_len, seq_len, device=device)
         attend = functools.partial(flex_attention, block_mask=mask)
-    else:
-        position, sdpa = torch.arange(seq_len, device=device), F.scaled_dot_product_attention
-        parts = []  # a slice of the queries, that of the keys which it can see, and the mask
-        for start in range(0, seq_len, QUERY_SLICE):
-            queries = slice(start, start + QUERY_SLICE)
-            keys = slice(max(start - window, 0), start + QUERY_SLICE)
-            parts.append((queries, keys, banded(0, 0, position[queries, None], position[keys])))
+        return heads_first
+    if window >= seq_len - 1:
+        attend = functools.partial(F.scaled_dot_product_attention, is_causal=True)
+        return heads_first
+    # Blocks as large as the window: a query sees keys of its own block and of the one before
+    size = max(window, 1)
+    tail = -seq_len % size
+    query = torch.arange(seq_len + tail, device=device).view(-1, 1, size, 1)
+    key = query[:, :, :1] - size + torch.arange(2 * size, device=device)
+    mask = banded(0, 0, query, key) & (key >= 0)  # (blocks, 1, size, 2 size)
+    attend = functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
 
-        def attend(q, k, v, **kwargs):
-            y = [sdpa(q[:, :, a], k[:, :, b], v[:, :, b], mask, **kwargs) for a, b, mask in parts]
-            return torch.cat(y, dim=2)
+    def blockwise(q, k, v):
+        q = F.pad(q, (0, 0, 0, 0, 0, tail)).unflatten(1, (-1, size))
+        k, v = (F.pad(x, (0, 0, 0, 0, size, tail)).unflatten(1, (-1, size)) for x in (k, v))
+        k, v = (torch.cat([x[:, :-1], x[:, 1:]], dim=2) for x in (k, v))
+        return heads_first(q, k, v).flatten(1, 2)[:, :seq_len]
 
-    def heads_first(q, k, v):
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return attend(q, k, v, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
-
-    return heads_first
+    return blockwise
 
 
 # --- Model ----------------------------------------------------------------------------------------
@@ -319,8 +324,8 @@ class GPT(nn.Module):
 
 
 def layer_windows(pattern, depth, seq_len):
-    """Return the window of every layer, in tokens: S half the context, L all of it, the last L."""
-    sizes = {"S": seq_len // 2, "L": seq_len}
+    """Return the window of every layer, in tokens: S a share of the context, L all, the last L."""
+    sizes = {"S": int(seq_len * SHORT_WINDOW), "L": seq_len}
     return [sizes[pattern[i % len(pattern)]] for i in range(depth - 1)] + [seq_len]
 
 
@@ -398,9 +403,8 @@ class Muon(torch.optim.Optimizer):
                 state["second_moment"] = stack.new_zeros((n, r, 1) if r >= c else (n, 1, c))
             values = torch.tensor([group[key] for key in ("lr", "momentum", "weight_decay")])
             values = values.to(stack.device, non_blocking=ON_CUDA).unbind(0)
-            buffers = state["momentum_buffer"], state["second_moment"]
             grads = torch.stack([p.grad for p in params])
-            self.update(stack, grads, *buffers, *values, group["beta2"])
+            self.update(stack, grads, *state.values(), *values, group["beta2"])
             torch._foreach_copy_(params, list(stack.unbind(0)))
 
 
@@ -496,15 +500,13 @@ def tune_cpu():
 
 
 def compile_model(model, device):
-    """Return the model to train: compiled whole for a GPU, block by block for a CPU.
-
-    All blocks of one kind share their code, so that a CPU waits for few runs of the C++ compiler.
-    """
+    """Return the model compiled: whole for a GPU; for a CPU by blocks, whose kinds share code."""
     if device.type == "cuda":
         return torch.compile(model, dynamic=False)
+    options = {"cpp.vec_isa_ok": True}  # believe the CPU's flags: trying them takes seconds
     for block in model.blocks:
-        block.compile(dynamic=False)
-    model.loss = torch.compile(model.loss, dynamic=False)
+        block.compile(dynamic=False, options=options)
+    model.loss = torch.compile(model.loss, dynamic=False, options=options)
     return model
 
 
@@ -603,13 +605,12 @@ def main():
         if due:
             seconds_a_step = (loader.elapsed - shown_at) / (step - shown_step)
             tokens_a_second = TOTAL_BATCH_SIZE / seconds_a_step
-            left = max(prepare.TIME_BUDGET - loader.elapsed, 0)
             line = (
                 f"step {step:5d} ({loader.progress:6.1%}) | loss {train_loss:.4f} | "
                 f"lr x{lr_multiplier(progress):.2f} | {1000 * seconds_a_step:.0f} ms/step | "
                 f"{tokens_a_second:,.0f} tok/s | "
                 f"mfu {100 * tokens_a_second * flops_per_token / peak:.1f}% | "
-                f"epoch {loader.epoch} | {left:.0f} s left"
+                f"epoch {loader.epoch} | {max(prepare.TIME_BUDGET - loader.elapsed, 0):.0f} s left"
             )
             print(f"\r{line}" if terminal else line, end="" if terminal else "\n", flush=True)
             shown_step, shown_at = step, loader.elapsed
@@ -619,15 +620,14 @@ def main():
     training_seconds = loader.elapsed
 
     # Summary: fixed interface, program.md greps it
-    split = prepare.EVAL_SPLIT
     with torch.compiler.set_stance(eval_stance):
-        bpb = prepare.evaluate_bpb(forward, tokenizer, rows, split)
+        bpb = prepare.evaluate_bpb(forward, tokenizer, rows, prepare.EVAL_SPLIT)
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     peak_bytes = torch.cuda.max_memory_allocated() if ON_CUDA else rss
     total_tokens = step * TOTAL_BATCH_SIZE
     summary = {
-        f"{split}_bpb": f"{bpb:.6f}",
+        f"{prepare.EVAL_SPLIT}_bpb": f"{bpb:.6f}",
         "training_seconds": f"{training_seconds:.1f}",
         "total_seconds": f"{time.monotonic() - prepare.PROCESS_START:.1f}",
         "peak_vram_mb": f"{peak_bytes / 2**20:.1f}",

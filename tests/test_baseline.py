@@ -63,6 +63,7 @@ def test_cuda_constants_are_the_published_baseline(monkeypatch):
         "ASPECT_RATIO": 64,
         "HEAD_DIM": 128,
         "WINDOW_PATTERN": "SSSL",
+        "SHORT_WINDOW": 1 / 2,
         "TOTAL_BATCH_SIZE": 2**19,
         "DEVICE_BATCH_SIZE": 128,
         "EMBEDDING_LR": 0.6,
@@ -111,6 +112,7 @@ def draw_qkv(T, H, H_kv, D=16, B=2, dtype=torch.float64, device="cpu"):
 CASES = [  # T, window, H, H_kv: odd lengths, no context, full context and beyond, GQA and MQA
     (1, 1, 2, 2),
     (16, 4, 2, 2),
+    (48, 8, 4, 2),
     (37, 7, 4, 2),
     (33, 0, 2, 1),
     (64, 31, 4, 1),
@@ -122,10 +124,8 @@ CASES = [  # T, window, H, H_kv: odd lengths, no context, full context and beyon
 ]
 
 
-@pytest.mark.parametrize("query_slice", [5, 16, 512])
 @pytest.mark.parametrize(("T", "window", "H", "H_kv"), CASES)
-def test_sdpa_equals_the_loop_forward_and_backward(query_slice, T, window, H, H_kv, monkeypatch):
-    monkeypatch.setattr(train, "QUERY_SLICE", query_slice)
+def test_sdpa_equals_the_loop_forward_and_backward(T, window, H, H_kv):
     ours, reference = draw_qkv(T, H, H_kv), draw_qkv(T, H, H_kv)
     attend = train.make_attention("sdpa", T, window, CPU)
     y, expected = attend(*ours), loop_attention(*reference, window)
@@ -149,8 +149,7 @@ def test_flex_equals_the_loop(T, window, H, H_kv):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 @pytest.mark.parametrize("window", [0, 3, 11, 12])
-def test_query_sees_itself_and_the_window_before_it(backend, window, monkeypatch):
-    monkeypatch.setattr(train, "QUERY_SLICE", 5)
+def test_query_sees_itself_and_the_window_before_it(backend, window):
     T, cut = 12, 4
     q, k, v = (x.detach() for x in draw_qkv(T, 2, 2, dtype=torch.float32))
     attend = train.make_attention(backend, T, window, CPU)
@@ -166,7 +165,10 @@ def test_backend_without_cuda_is_sdpa():
     assert train.choose_attention(CPU) == train.choose_attention(torch.device("mps")) == "sdpa"
 
 
-def test_layer_windows():
+def test_layer_windows(monkeypatch):
+    monkeypatch.setattr(train, "SHORT_WINDOW", 1 / 8)
+    assert train.layer_windows("SL", 4, 1024) == [128, 1024, 128, 1024]
+    monkeypatch.setattr(train, "SHORT_WINDOW", 1 / 2)
     assert train.layer_windows("SSSL", 8, 2048) == [1024, 1024, 1024, 2048] * 2
     assert train.layer_windows("SSSL", 6, 512) == [256, 256, 256, 512, 256, 512]  # the last is L
     assert train.layer_windows("S", 1, 512) == [512]
@@ -237,6 +239,7 @@ def reference_logits(model, idx, n_head, n_kv_head, windows):
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
 def test_model_equals_a_plain_float64_forward(n_kv_head, monkeypatch):
     monkeypatch.setattr(train, "WINDOW_PATTERN", "SL")
+    monkeypatch.setattr(train, "SHORT_WINDOW", 1 / 2)
     model = shake(build(64, 4, n_kv_head, depth=3))
     idx = tokens(2, 24)
     expected = reference_logits(model, idx, 4, n_kv_head, [12, 24, 24])
@@ -295,6 +298,7 @@ def test_value_embeddings_on_every_second_layer_the_last_included(depth):
 
 def test_parameters_and_flops_of_the_cuda_defaults_by_hand(monkeypatch):
     monkeypatch.setattr(train, "WINDOW_PATTERN", "SSSL")
+    monkeypatch.setattr(train, "SHORT_WINDOW", 1 / 2)
     meta = {"device": torch.device("meta"), "dtype": torch.bfloat16}
     model = build(512, 4, 4, depth=8, vocab_size=8192, seq_len=2048, **meta)
     table = 8192 * 512
@@ -773,6 +777,7 @@ def test_gpu_evaluator_raises_no_false_alarm(cache, tokenizer, monkeypatch):
     device, seq_len = torch.device("cuda"), prepare.MAX_SEQ_LEN
     monkeypatch.setattr(prepare, "EVAL_TOKENS", 32 * seq_len)
     monkeypatch.setattr(train, "WINDOW_PATTERN", "SL")
+    monkeypatch.setattr(train, "SHORT_WINDOW", 1 / 2)
     size = {"model_dim": 256, "depth": 4, "vocab_size": tokenizer.vocab_size, "seq_len": seq_len}
     backend = train.choose_attention(device)
     model = build(**size, device=device, dtype=torch.bfloat16, backend=backend)
