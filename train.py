@@ -31,7 +31,7 @@ ON_CUDA = torch.cuda.is_available()
 DEPTH = 8 if ON_CUDA else 4  # layers; the main size knob
 ASPECT_RATIO = 64 if ON_CUDA else 48  # model_dim = DEPTH * ASPECT_RATIO, up to full heads
 HEAD_DIM = 128 if ON_CUDA else 192  # channels a head
-WINDOW_PATTERN = "SSSL" if ON_CUDA else "SL"  # S: short, L: all; cycled, the last is L
+WINDOW_PATTERN = "SSSL"  # S: short, L: all; cycled, the last is L
 SHORT_WINDOW = 1 / 2 if ON_CUDA else 1 / 8  # of the context
 SOFTCAP = 15  # logits stay between -SOFTCAP and SOFTCAP; under 80, see softcap_loss
 LOSS_SLICE = 2**14 if ON_CUDA else 512  # tokens whose logits are in memory at once
@@ -42,7 +42,7 @@ DEVICE_BATCH_SIZE = 128 if ON_CUDA else 8  # rows a forward pass; halved when ou
 
 EMBEDDING_LR = 0.6 if ON_CUDA else 0.2  # AdamW: token and value embeddings, at model_dim 768
 UNEMBEDDING_LR = 0.004  # AdamW: lm_head, at model_dim 768
-MATRIX_LR = 0.04  # Muon: matrices in the blocks
+MATRIX_LR = 0.04 if ON_CUDA else 0.03  # Muon: matrices in the blocks
 SCALAR_LR = 0.5  # AdamW: x0_lambdas; a hundredth of it for resid_lambdas
 WEIGHT_DECAY = 0.2  # Muon, cautious, falling to 0
 ADAM_BETAS = (0.8, 0.95)  # decay of the first and second moment
