@@ -89,30 +89,30 @@ def make_attention(backend, seq_len, window, device):
     def banded(b, h, query, key):
         return (key <= query) & (query - key <= window)
 
-    def heads_first(q, k, v):
-        q, k, v = q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2)
-        return attend(q, k, v, enable_gqa=q.size(-3) != k.size(-3)).transpose(-3, -2)
+    def heads_first(q, k, v, **kwargs):
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return attend(q, k, v, enable_gqa=q.size(1) != k.size(1), **kwargs).transpose(1, 2)
 
     if backend == "flex":
         mask = create_block_mask(banded, None, None, seq_len, seq_len, device=device)
         attend = functools.partial(flex_attention, block_mask=mask)
         return heads_first
+    attend = F.scaled_dot_product_attention
     if window >= seq_len - 1:
-        attend = functools.partial(F.scaled_dot_product_attention, is_causal=True)
-        return heads_first
+        return functools.partial(heads_first, is_causal=True)
     # Blocks as large as the window: a query sees keys of its own block and of the one before
     size = max(window, 1)
     tail = -seq_len % size
     query = torch.arange(seq_len + tail, device=device).view(-1, 1, size, 1)
     key = query[:, :, :1] - size + torch.arange(2 * size, device=device)
     mask = banded(0, 0, query, key) & (key >= 0)  # (blocks, 1, size, 2 size)
-    attend = functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
 
     def blockwise(q, k, v):
-        q = F.pad(q, (0, 0, 0, 0, 0, tail)).unflatten(1, (-1, size))
+        q = F.pad(q, (0, 0, 0, 0, 0, tail)).unflatten(1, (-1, size)).flatten(0, 1)
         k, v = (F.pad(x, (0, 0, 0, 0, size, tail)).unflatten(1, (-1, size)) for x in (k, v))
-        k, v = (torch.cat([x[:, :-1], x[:, 1:]], dim=2) for x in (k, v))
-        return heads_first(q, k, v).flatten(1, 2)[:, :seq_len]
+        k, v = (torch.cat([x[:, :-1], x[:, 1:]], dim=2).flatten(0, 1) for x in (k, v))
+        y = heads_first(q, k, v, attn_mask=mask.repeat(len(q) // len(mask), 1, 1, 1))
+        return y.unflatten(0, (-1, len(mask))).flatten(1, 2)[:, :seq_len]
 
     return blockwise
 
@@ -503,10 +503,9 @@ def compile_model(model, device):
     """Return the model compiled: whole for a GPU; for a CPU by blocks, whose kinds share code."""
     if device.type == "cuda":
         return torch.compile(model, dynamic=False)
-    options = {"cpp.vec_isa_ok": True}  # believe the CPU's flags: trying them takes seconds
     for block in model.blocks:
-        block.compile(dynamic=False, options=options)
-    model.loss = torch.compile(model.loss, dynamic=False, options=options)
+        block.compile(dynamic=False)
+    model.loss = torch.compile(model.loss, dynamic=False)
     return model
 
 
