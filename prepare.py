@@ -56,7 +56,7 @@ EVAL_SPLIT = setting("AUTORESEARCH_SPLIT", "val", "val|test")  # test: for the p
 SEED = int(setting("AUTORESEARCH_SEED", "42", "[0-9]{1,18}"))  # no hyperparameter: noise
 CACHE_DIR = Path(setting("AUTORESEARCH_CACHE", "~/.cache/autoresearch", ".+")).expanduser()
 HF_ENDPOINT = setting("HF_ENDPOINT", "https://huggingface.co", "https?://.+").rstrip("/")
-MAX_SEQ_LEN = 2048 if CORPUS == "climbmix" else 1024  # tokens of context
+MAX_SEQ_LEN = 2048  # tokens of context
 VOCAB_SIZE = 8192 if CORPUS == "climbmix" else 4096  # tokens, special ones included
 EVAL_TOKENS = 40 * 2**19 if CORPUS == "climbmix" else 2**18  # tokens scored
 TIME_BUDGET = 300  # seconds of training, from the first training batch
@@ -76,7 +76,7 @@ TRAIN_CHARS, TRAIN_DOCUMENT_CHARS = 10**9, 10_000  # characters the tokenizer is
 PIECE_CHARS = 10**5  # encoded at once: tiktoken fails on white space of megabytes
 BUFFER_DOCUMENTS = 1000  # documents the packer chooses from
 SCORE_TOKENS = 8192 if CORPUS == "climbmix" else 128  # whose log-softmax is in memory at once
-PROBE_ROWS = 64 if CORPUS == "climbmix" else 16  # that the causality probe cuts, at least
+PROBE_ROWS = 64 if CORPUS == "climbmix" else 8  # that the causality probe cuts, at least
 PROBE_TOLERANCE = 1e-3  # nats; equal inputs may differ by this much from pass to pass
 SHIPPED = {name: value for name, value in globals().items() if name.isupper()}
 PREPARE, RENEW = "run `uv run prepare.py`", "delete it, run `uv run prepare.py`"

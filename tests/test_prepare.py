@@ -157,7 +157,7 @@ def test_bad_setting_is_one_line(name, value, monkeypatch):
 def test_settings_are_taken(monkeypatch, tmp_path):
     for corpus, contract in {
         "climbmix": (2048, 8192, 40 * 2**19),
-        "python": (1024, 4096, 2**18),
+        "python": (2048, 4096, 2**18),
     }.items():
         monkeypatch.setenv("AUTORESEARCH_CORPUS", corpus)
         monkeypatch.setenv("AUTORESEARCH_SEED", "43")
