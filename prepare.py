@@ -286,10 +286,10 @@ def read_tokens(path, tokenizer):
         for i in range(reader.num_record_batches):
             column = reader.get_batch(i).column(0)
             column.validate(full=True)
-            values, offsets = column.values.to_numpy(), column.offsets.to_numpy().tolist()
+            values, offsets = map(np.from_dlpack, (column.values, column.offsets))  # not pandas
             if values.max(initial=0) >= tokenizer.vocab_size:
                 raise ValueError
-            for start, end in itertools.pairwise(offsets):
+            for start, end in itertools.pairwise(offsets.tolist()):
                 yield values[start:end]
     except (ValueError, OSError, pa.ArrowException):
         raise ContractError(f"{path} is damaged or of another tokenizer: {RENEW}") from None

@@ -378,8 +378,7 @@ def muon_update(params, grads, momentum_buffer, second_moment, lr, momentum, wei
     new_norm = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
     update = update * scale * (old_norm / new_norm.clamp_min(1e-10))
     lr = lr * max(1, params.size(-2) / params.size(-1)) ** 0.5
-    decay = weight_decay * params * (update * params > 0)
-    params.sub_(lr * (update + decay))
+    params.sub_(lr * (update + weight_decay * params * (update * params > 0)))
 
 
 class Muon(torch.optim.Optimizer):
@@ -510,6 +509,7 @@ def compile_model(model, device):
     for block in model.blocks:
         block.first_half, block.second_half = jit(block.first_half), jit(block.second_half)
     model.loss = jit(model.loss)
+    model.forward = torch.enable_grad()(model.forward)  # in evaluation, too, or that code won't fit
     return model
 
 
@@ -522,8 +522,8 @@ def main():
     vocab_size, seq_len = tokenizer.vocab_size, prepare.MAX_SEQ_LEN
     dtype, backend = choose_dtype(device), choose_attention(device)
     use_compile = device.type != "mps"
-    # A CPU evaluates eagerly: compiling the forward pass again would take longer than it saves
-    eval_stance = "force_eager" if device.type == "cpu" else "default"
+    # A CPU evaluates with what it trained with: compiling anew would take longer than it saves
+    eval_stance = "eager_on_recompile" if device.type == "cpu" else "default"
     n_head = math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)
     rows, model_dim = DEVICE_BATCH_SIZE, n_head * HEAD_DIM
     print(f"device: {device_name}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}")
