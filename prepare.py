@@ -76,7 +76,7 @@ TRAIN_CHARS, TRAIN_DOCUMENT_CHARS = 10**9, 10_000  # characters the tokenizer is
 PIECE_CHARS = 10**5  # encoded at once: tiktoken fails on white space of megabytes
 BUFFER_DOCUMENTS = 1000  # documents the packer chooses from
 SCORE_TOKENS = 8192 if CORPUS == "climbmix" else 128  # whose log-softmax is in memory at once
-PROBE_ROWS = 64 if CORPUS == "climbmix" else 8  # that the causality probe cuts, at least
+PROBE_ROWS = 64 if CORPUS == "climbmix" else 16  # that the causality probe cuts, at least
 PROBE_TOLERANCE = 1e-3  # nats; equal inputs may differ by this much from pass to pass
 SHIPPED = {name: value for name, value in globals().items() if name.isupper()}
 PREPARE, RENEW = "run `uv run prepare.py`", "delete it, run `uv run prepare.py`"

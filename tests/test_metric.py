@@ -235,19 +235,19 @@ def test_peeking_through_a_shared_buffer_is_refused(tokenizer):
         bpb(Peeking(tokenizer.vocab_size, *PEEKS["everywhere"], shared=True), tokenizer)
 
 
-@pytest.mark.parametrize("phase", range(8))
+@pytest.mark.parametrize("phase", range(16))
 @pytest.mark.parametrize("length", [512, 1024, 2048])
 def test_cuts_are_spread_over_a_row_of_full_length(length, phase, monkeypatch):
-    """A stand-in of two tokens that sees the next one at every eighth position of full rows."""
+    """A stand-in of two tokens that sees the next one at every sixteenth position of full rows."""
 
     class Narrow(nn.Module):
         def forward(self, inputs):
-            later = inputs.roll(-1, 1) * (torch.arange(length) % 8 == phase)
+            later = inputs.roll(-1, 1) * (torch.arange(length) % 16 == phase)
             later[:, -1] = 0
             return torch.stack([torch.zeros(later.shape), later.float()], dim=-1)
 
     monkeypatch.setattr(prepare, "PROBE_ROWS", prepare.SHIPPED["PROBE_ROWS"])
-    inputs = torch.randint(2, (16, length), generator=torch.Generator().manual_seed(phase))
+    inputs = torch.randint(2, (4, length), generator=torch.Generator().manual_seed(phase))
     scores = prepare.score_batch(Narrow(), inputs, inputs, 2)
     with pytest.raises(prepare.ContractError, match="not causal"):
         prepare.check_causality(Narrow(), inputs, inputs, 2, scores)
