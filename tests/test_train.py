@@ -471,8 +471,11 @@ torch.nn.functional.embedding = scarce
 """
 
 
-def test_out_of_memory_halves_the_batch_and_says_so(fork):
-    run = fork(FAKE_CLOCK + SCARCE_MEMORY + "MOST_ROWS = 1\n")
+def test_out_of_memory_halves_the_batch_and_says_so(small, prepared_cache, tmp_path):
+    path = tmp_path / "train.py"
+    path.write_text(small.read_text().replace("DEVICE_BATCH_SIZE = 1\n", "DEVICE_BATCH_SIZE = 2\n"))
+    scenario = FAKE_CLOCK + SCARCE_MEMORY + "MOST_ROWS = 1\n"
+    run = Run(path, prepared_cache, tmp_path, scenario).wait()
     assert run.status == 0, run.err
     summary_of(run.out)
     messages = [line for line in run.out.splitlines() if "out of memory" in line.lower()]
