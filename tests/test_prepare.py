@@ -8,11 +8,14 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +107,32 @@ def climbmix(hub, shards, tmp_path, whole, capfd):
 
     hub.completes, hub.fails = completes, fails
     return hub
+
+
+# ------------------------------------------------------------------------------------------------
+# A new machine
+
+
+@pytest.mark.parametrize("platform", ["manylinux.+x86_64", "manylinux.+aarch64", "macosx.+arm64"])
+@pytest.mark.skipif(not (ROOT / "uv.lock").exists(), reason="needs uv.lock, which uv writes")
+def test_lowest_and_highest_python_have_wheels_of_everything(platform):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    wheels = [wheel["url"] for package in packages for wheel in package.get("wheels", [])]
+    lowest, above = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", project["requires-python"]).groups()
+    for minor in (int(lowest), int(above) - 1):
+        fits = rf"(cp3{minor}-cp3{minor}|cp3\d-abi3|py3-none)-(any|.*{platform})"
+        for name in (requirement.partition("==")[0] for requirement in project["dependencies"]):
+            assert any(re.search(rf"/{name}-[^-]+-{fits}", url) for url in wheels), (name, minor)
+
+
+@pytest.mark.skipif(not shutil.which("uv"), reason="needs uv")
+def test_uv_refuses_windows_before_it_downloads():
+    command = ["uv", "sync", "--offline", "--dry-run", "--python-platform", "windows"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0
+    error = " ".join(result.stderr.split())
+    assert "supported environments: `sys_platform == 'linux'`, `sys_platform == 'darwin'`" in error
 
 
 # ------------------------------------------------------------------------------------------------
