@@ -164,6 +164,7 @@ def test_windows_is_told_in_one_line_where_this_runs(monkeypatch):
             runpy.run_path(str(ROOT / name), run_name="__main__")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("folder", [f"{os.devnull}/cache", "/proc"])
 def test_compiler_cache_that_cannot_be_written(prepared_cache, folder):
@@ -184,7 +185,7 @@ def test_compiler_cache_that_cannot_be_written(prepared_cache, folder):
 def python(code, **env):
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | env
     return subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300
     )
 
 
