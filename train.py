@@ -559,7 +559,7 @@ def main():
         except Exception as error:
             if isinstance(cause := getattr(error, "inner_exception", error), OSError):
                 sys.exit(
-                    f"train.py: {cause}: set TORCHINDUCTOR_CACHE_DIR, TMPDIR to writable folders"
+                    f"train.py: {cause}: set TORCHINDUCTOR_CACHE_DIR, TMPDIR to writable paths"
                 )
             if not use_compile:
                 raise
