@@ -558,9 +558,7 @@ def main():
             rows //= 2
         except Exception as error:
             if isinstance(cause := getattr(error, "inner_exception", error), OSError):
-                sys.exit(
-                    f"train.py: {cause}: set TORCHINDUCTOR_CACHE_DIR, TMPDIR to writable paths"
-                )
+                sys.exit(f"train.py: {cause}: make it writable, or set TORCHINDUCTOR_CACHE_DIR")
             if not use_compile:
                 raise
             print(f"torch.compile failed, running eagerly: {first_line(error)}")
