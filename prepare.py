@@ -9,7 +9,6 @@ metric, command line.
 
 import argparse
 import faulthandler
-import fcntl
 import hashlib
 import itertools
 import json
@@ -20,7 +19,7 @@ import shutil
 import sys
 import sysconfig
 import time
-from bisect import bisect_right
+from bisect import bisect_right, insort
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -33,6 +32,7 @@ import requests
 import rustbpe
 import tiktoken
 import torch
+import urllib3
 from torch.nn.functional import cross_entropy
 
 
@@ -49,6 +49,8 @@ def setting(name, default, pattern):
     return value
 
 
+if sys.platform == "win32":
+    raise ContractError("this runs on Linux, on macOS, and on Windows inside WSL")
 PROCESS_START = time.monotonic() - time.process_time()  # about: imports keep one core busy
 CORPUS = "climbmix" if torch.cuda.is_available() else "python"
 CORPUS = setting("AUTORESEARCH_CORPUS", CORPUS, "climbmix|python")
@@ -65,8 +67,8 @@ MAX_IDLE = 10  # seconds from the end of training to the evaluation
 VAL_SHARD, TEST_SHARD = "shard_06542", "shard_06541"  # every other shard is training
 NUM_TRAIN_SHARDS = 20  # about 1.1 G tokens: 500 M packed ones, crops lost, stay within one epoch
 PYTHON_CORPUS_CHARS = 10**8  # text taken from the environment, at most
-SHARD_DOCUMENTS, GROUP_DOCUMENTS = 2**16, 1024  # documents a python shard, and a row group
-DOWNLOAD_TRIES, MAX_WAIT, DOWNLOAD_TIMEOUT = 4, 10, (3, 15)  # seconds to wait; connect, read
+GROUP_DOCUMENTS = 1024  # documents a row group of a python shard
+DOWNLOAD_TRIES, MAX_WAIT, DOWNLOAD_TIMEOUT = 4, 300, (3, 15)  # seconds to wait; connect, read
 SPLIT_PATTERN = (  # GPT-4's, with numbers in groups of at most two digits
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -121,10 +123,7 @@ class Progress:
 
 # --- Corpora --------------------------------------------------------------------------------------
 def fetch(url, part, progress):
-    """Download url into the file `part`, going on where an earlier try stopped.
-
-    Raises requests.RequestException, or ValueError on sha256 not as announced or no parquet.
-    """
+    """Download url into the file `part`, going on where an earlier try stopped; check sha256."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=DOWNLOAD_TIMEOUT) as response:
@@ -134,8 +133,7 @@ def fetch(url, part, progress):
         with part.open("ab" if response.status_code == 206 else "wb") as file:
             for chunk in response.iter_content(2**14):
                 progress.update(file.write(chunk))
-    with part.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = hashlib.sha256(part.read_bytes()).hexdigest()
     etags = [a.headers.get("X-Linked-Etag", "").strip('"') for a in (response, *response.history)]
     if any(len(etag) == 64 and etag != sha256 for etag in etags):
         raise ValueError("sha256 differs from the one announced")
@@ -145,19 +143,21 @@ def fetch(url, part, progress):
 def download(path, progress):
     """Bring one climbmix shard to its path; raise ContractError after the last try."""
     url = f"{HF_ENDPOINT}/datasets/karpathy/climbmix-400b-shuffle/resolve/main/{path.name}"
-    part, wait = path.with_suffix(".part"), 0
+    part, wait, reason = path.with_suffix(".part"), 0, None
     for attempt in range(DOWNLOAD_TRIES):
+        if reason:
+            print(f"{path.name}: {reason}, again in {min(wait, MAX_WAIT):.0f} s", flush=True)
         time.sleep(min(wait, MAX_WAIT))
         wait = 2**attempt
         try:
             fetch(url, part, progress)
-            part.replace(path)
-            return
+            return part.replace(path)
         except requests.HTTPError as error:
-            reason, headers = error.response.status_code, error.response.headers
+            reason = error.response.status_code
             if reason < 500 and reason not in (408, 429):
                 break
-            wait = MAX_WAIT if "Retry-After" in headers else wait
+            with suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
+                wait = urllib3.Retry().get_retry_after(error.response) or wait
         except requests.RequestException as error:
             reason = type(error).__name__
         except ValueError as error:  # not what was announced: begin again
@@ -214,19 +214,16 @@ def build_python():
         return [shard_paths("data", split) for split in ("train", "val", "test")]
     roots = sorted({Path(sysconfig.get_path(p)) for p in ("stdlib", "purelib", "platlib")})
     splits, unreadable = python_documents(roots)
-    temporary = folder("data").with_name("data.tmp")
+    temporary, stems = folder("data").with_name("data.tmp"), {"val": VAL_SHARD, "test": TEST_SHARD}
     for stale in (temporary, folder("data"), folder("tokens")):
         shutil.rmtree(stale, ignore_errors=True)
     temporary.mkdir()
     for split, texts in splits.items():
         if not texts:
             raise ContractError(f"too little Python source below {roots}: no {split} documents")
-        size = SHARD_DOCUMENTS if split == "train" else len(texts)
-        for i in range(0, len(texts), size):
-            stem = {"val": VAL_SHARD, "test": TEST_SHARD}.get(split, f"shard_{i // size:05d}")
-            table = pa.table({"text": pa.array(texts[i : i + size], pa.string())})
-            path = temporary / f"{stem}.parquet"
-            pq.write_table(table, path, compression="zstd", row_group_size=GROUP_DOCUMENTS)
+        path = temporary / f"{stems.get(split, 'shard_00000')}.parquet"
+        table = pa.table({"text": pa.array(texts, pa.string())})
+        pq.write_table(table, path, compression="zstd", row_group_size=GROUP_DOCUMENTS)
     temporary.replace(folder("data"))
     print(f"python corpus written; {unreadable} files were not readable")
 
@@ -328,13 +325,15 @@ class Tokenizer:
     """Byte pair encoding: vocab_size, bos_token_id, and int32 (vocab_size,) token_bytes."""
 
     def __init__(self, tokens, sha256):
-        self.encoding = tiktoken.Encoding(
-            "autoresearch",
-            pat_str=SPLIT_PATTERN,
-            mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-            special_tokens={name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)},
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        special = {name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.encoding = encoding = tiktoken.Encoding(
+            "autoresearch", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
-        self.sha256, self.vocab_size, self.bos_token_id = sha256, self.encoding.n_vocab, len(tokens)
+        # Special tokens in a text are plain text; bytes that are not UTF-8 become U+FFFD
+        self.encode, self.decode = encoding.encode_ordinary, encoding.decode
+        self.encode_batch = encoding.encode_ordinary_batch
+        self.sha256, self.vocab_size, self.bos_token_id = sha256, encoding.n_vocab, len(tokens)
         self.token_bytes = torch.tensor([*map(len, tokens), *[0] * len(SPECIAL_TOKENS)]).int()
 
     @classmethod
@@ -354,18 +353,6 @@ class Tokenizer:
             raise ContractError(f"{path} is made for {made}, not {contract()}: {PREPARE}")
         return cls([bytes.fromhex(token) for token in content["tokens"]], sha256)
 
-    def encode(self, text):
-        """Return the token ids of a string; special tokens in it are plain text."""
-        return self.encoding.encode_ordinary(text)
-
-    def encode_batch(self, texts):
-        """Return a list of token ids for every string, encoded with all cores."""
-        return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-
-    def decode(self, ids):
-        """Return the string of token ids; bytes that are not UTF-8 become U+FFFD."""
-        return self.encoding.decode(ids)
-
 
 # --- Dataloader and clock -------------------------------------------------------------------------
 def pack(documents, row_len):
@@ -375,20 +362,18 @@ def pack(documents, row_len):
     cropped to fill the row. The search bisects a list kept sorted by length.
     Ding et al., "Fewer Truncations Improve Language Modeling", arXiv 2404.10830.
     """
-    documents, lengths, buffer = iter(documents), [], []
+    documents, buffer = iter(documents), []
     while True:
         row, filled = np.empty(row_len, np.uint16), 0
         while filled < row_len:
             for document in itertools.islice(documents, BUFFER_DOCUMENTS - len(buffer)):
-                i = bisect_right(lengths, len(document))
-                lengths.insert(i, len(document))
-                buffer.insert(i, document)
+                insort(buffer, document, key=len)
             if not buffer:
                 return
-            i = max(bisect_right(lengths, row_len - filled) - 1, 0)
-            size = min(lengths.pop(i), row_len - filled)
-            row[filled : filled + size] = buffer.pop(i)[:size]
-            filled += size
+            i = max(bisect_right(buffer, row_len - filled, key=len) - 1, 0)
+            document = buffer.pop(i)[: row_len - filled]
+            row[filled : filled + len(document)] = document
+            filled += len(document)
         yield row
 
 
@@ -536,11 +521,12 @@ def main():
         home.mkdir(parents=True, exist_ok=True)
         with (home / "lock").open("w") as lock:
             print(f"{CORPUS} in {home}, one prepare.py at a time", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)  # freed when its process ends, however it ends
+            os.lockf(lock.fileno(), os.F_LOCK, 0)  # freed when its process ends, however it ends
             download_climbmix(num_shards) if CORPUS == "climbmix" else build_python()
             tokenize(train_tokenizer())
     except OSError as error:
-        raise ContractError(f"{error.filename or home}: {error.strerror or error}") from None
+        fix = "make room, or set AUTORESEARCH_CACHE to a folder that can be written"
+        raise ContractError(f"{error.filename or home}: {error.strerror or error}: {fix}") from None
     except KeyboardInterrupt:
         raise ContractError("interrupted: `uv run prepare.py` goes on from here") from None
     print(f"ready after {time.monotonic() - start:.0f} s, next: uv run train.py")

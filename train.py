@@ -11,7 +11,6 @@ Shapes: B rows, T tokens of context, C model_dim, H heads, D head_dim, V vocabul
 import ctypes
 import functools
 import math
-import resource
 import sys
 import time
 
@@ -558,6 +557,8 @@ def main():
             print(f"out of memory with {rows} rows a forward pass, trying {rows // 2}")
             rows //= 2
         except Exception as error:
+            if isinstance(cause := getattr(error, "inner_exception", error), OSError):
+                sys.exit(f"train.py: {cause}: make it writable, or set TORCHINDUCTOR_CACHE_DIR")
             if not use_compile:
                 raise
             print(f"torch.compile failed, running eagerly: {first_line(error)}")
@@ -624,6 +625,8 @@ def main():
     # Summary: fixed interface, program.md greps it
     with torch.compiler.set_stance(eval_stance):
         bpb = prepare.evaluate_bpb(forward, tokenizer, rows, prepare.EVAL_SPLIT)
+    import resource  # here, as Windows has none, and prepare has said so by now
+
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     peak_bytes = torch.cuda.max_memory_allocated() if ON_CUDA else rss
