@@ -105,7 +105,7 @@ def play_floor(night):
     slot = 3
     for idea in range(RUNS):
         if slot == RUNS:
-            break
+            break  # a night that ends within an idea leaves it without a verdict
         gain = true + night.gains[idea]
         value = night.first(idea, gain, 42, slot)
         slot += 1
@@ -122,7 +122,10 @@ def play_floor(night):
 
 
 def play_rule(night, rule):
-    """Apply program.md's own functions; a parent that has not run for STALE runs goes again."""
+    """Judge by program.md's own functions; repeat the parent, then, if it still says so, the idea.
+
+    A parent that has not run for STALE runs goes again before the next idea.
+    """
     judge, pooled_noise, stale = rule["judge"], rule["pooled_noise"], rule["STALE"]
     true, keeps = 0.0, []
     parent = [(seed, night.again(0.0, seed, slot)) for slot, seed in enumerate((42, 43, 44))]
@@ -145,12 +148,17 @@ def play_rule(night, rule):
         slot += 1
         verdict, *_ = judge(runs, parent, noise(parent), simpler)
         if verdict == "repeat":
-            if slot + 2 > RUNS:
+            if slot == RUNS:
                 break
             parent.append((43, night.again(true, 43, slot)))
-            runs.append((43, night.first(idea, gain, 43, slot + 1)))
             last = slot
-            slot += 2
+            slot += 1
+            verdict, *_ = judge(runs, parent, noise(parent), simpler)
+        if verdict == "repeat":
+            if slot == RUNS:
+                break
+            runs.append((43, night.first(idea, gain, 43, slot)))
+            slot += 1
             verdict, *_ = judge(runs, parent, noise(parent, runs), simpler)
         done = parent if verdict == "keep" else runs
         if len(done) > 1:
@@ -183,7 +191,7 @@ def read_rule(constants):
 
 
 def play(rule_name, mix, machine, share_simple, num_nights, constants):
-    """Return the true gains of the nights (num_nights,) and the keeps of each night."""
+    """Return true gains (num_nights,), the keeps of each night, how many ideas simplify in all."""
     if rule_name == "any decrease":
         one_night = play_any_decrease
     elif rule_name == "floor of three baselines":
@@ -234,7 +242,9 @@ def main():
         cells = {key: future.result() for key, future in cells.items()}
 
     mixes = "; ".join(f"{share:.0%} of mean {gain:g}" for share, gain in MIXES)
-    print(f"True gain of a night's {RUNS} runs and share of keeps that are real; good ideas: {mixes}.")
+    print(
+        f"True gain of a night's {RUNS} runs and share of keeps that are real; good ideas: {mixes}."
+    )
     print(f"\n| rule | {' | '.join(MACHINES)} |\n| --- {'| --- ' * len(MACHINES)}|")
     for rule in rules:
         row = [rule]
@@ -244,18 +254,24 @@ def main():
                 "; ".join(f"{true.mean():.2f} ({real_share(k):.0%})" for true, k, _ in results)
             )
         print(f"| {' | '.join(row)} |")
-    worst = [max(standard_error(cells[r, m, mix, 0.0][0]) for r in rules for m in MACHINES) for mix in MIXES]
+    worst = [
+        max(standard_error(cells[r, m, mix, 0.0][0]) for r in rules for m in MACHINES)
+        for mix in MIXES
+    ]
     print("\nStandard error of the gains, at most:", "; ".join(f"{error:.2f}" for error in worst))
 
     share, spread = SIMPLE
-    print(f"\nSteady, {share:.0%} of the ideas simplify and gain {spread:g} or lose as much; rest as the last.")
-    print("\n| rule | true gain, real | simplifications kept, their mean gain, sum a night |\n| --- | --- | --- |")
+    print(
+        f"\nSteady, {share:.0%} of the ideas simplify (gain 0 +- {spread:g}), the rest as the last mix."
+    )
+    print("\n| rule | true gain | simplifications kept | their mean gain |")
+    print("| --- | --- | --- | --- |")
     for rule in rules:
         true, keeps, num_simple = cells[rule, "steady", MIXES[-1], share]
         kept = np.array([gain for night in keeps for gain, simpler in night if simpler])
         print(
-            f"| {rule} | {true.mean():.2f} ({real_share(keeps):.0%}) | {len(kept) / len(true):.1f} a night,"
-            f" {kept.mean():+.2f} each |"
+            f"| {rule} | {true.mean():.2f} ({real_share(keeps):.0%}) "
+            f"| {len(kept) / num_simple:.0%} of those offered | {kept.mean():+.2f} |"
         )
 
 
