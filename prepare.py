@@ -32,7 +32,6 @@ import requests
 import rustbpe
 import tiktoken
 import torch
-import urllib3
 from torch.nn.functional import cross_entropy
 
 
@@ -64,10 +63,10 @@ EVAL_TOKENS = 40 * 2**19 if CORPUS == "climbmix" else 2**18  # tokens scored
 TIME_BUDGET = 300  # seconds of training, from the first training batch
 HARD_LIMIT = 600  # seconds of process life, then the process is ended
 MAX_IDLE = 10  # seconds from the end of training to the evaluation
+MAX_LACKED, MAX_OTHERS = 0.1, 4  # share of processor time, GiB of GPU that others may have
 VAL_SHARD, TEST_SHARD = "shard_06542", "shard_06541"  # every other shard is training
 NUM_TRAIN_SHARDS = 20  # about 1.1 G tokens: 500 M packed ones, crops lost, stay within one epoch
 PYTHON_CORPUS_CHARS = 10**8  # text taken from the environment, at most
-GROUP_DOCUMENTS = 1024  # documents a row group of a python shard
 DOWNLOAD_TRIES, MAX_WAIT, DOWNLOAD_TIMEOUT = 4, 300, (3, 15)  # seconds to wait; connect, read
 SPLIT_PATTERN = (  # GPT-4's, with numbers in groups of at most two digits
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -76,7 +75,7 @@ SPLIT_PATTERN = (  # GPT-4's, with numbers in groups of at most two digits
 SPECIAL_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(4))  # the first begins every document
 TRAIN_CHARS, TRAIN_DOCUMENT_CHARS = 10**9, 10_000  # characters the tokenizer is trained on
 PIECE_CHARS = 10**5  # encoded at once: tiktoken fails on white space of megabytes
-BUFFER_DOCUMENTS = 1000  # documents the packer chooses from
+GROUP_DOCUMENTS, BUFFER_DOCUMENTS = 1024, 1000  # in a row group; that the packer chooses from
 SCORE_TOKENS = 8192 if CORPUS == "climbmix" else 128  # whose log-softmax is in memory at once
 PROBE_ROWS = 64 if CORPUS == "climbmix" else 16  # that the causality probe cuts, at least
 PROBE_TOLERANCE = 1e-3  # nats; equal inputs may differ by this much from pass to pass
@@ -156,8 +155,8 @@ def download(path, progress):
             reason = error.response.status_code
             if reason < 500 and reason not in (408, 429):
                 break
-            with suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
-                wait = urllib3.Retry().get_retry_after(error.response) or wait
+            with suppress(Exception):  # of a header that makes no sense
+                wait = requests.adapters.Retry().get_retry_after(error.response) or wait
         except requests.RequestException as error:
             reason = type(error).__name__
         except ValueError as error:  # not what was announced: begin again
@@ -222,8 +221,7 @@ def build_python():
         if not texts:
             raise ContractError(f"too little Python source below {roots}: no {split} documents")
         path = temporary / f"{stems.get(split, 'shard_00000')}.parquet"
-        table = pa.table({"text": pa.array(texts, pa.string())})
-        pq.write_table(table, path, compression="zstd", row_group_size=GROUP_DOCUMENTS)
+        pq.write_table(pa.table({"text": texts}), path, GROUP_DOCUMENTS, compression="zstd")
     temporary.replace(folder("data"))
     print(f"python corpus written; {unreadable} files were not readable")
 
@@ -358,8 +356,7 @@ class Tokenizer:
 def pack(documents, row_len):
     """Yield rows of exactly row_len tokens, uint16, each beginning with a document.
 
-    The longest of the buffered documents that fits goes next; where none fits, the shortest is
-    cropped to fill the row. The search bisects a list kept sorted by length.
+    The longest buffered document that fits goes next; where none fits, the shortest is cropped.
     Ding et al., "Fewer Truncations Improve Language Modeling", arXiv 2404.10830.
     """
     documents, buffer = iter(documents), []
@@ -377,10 +374,19 @@ def pack(documents, row_len):
         yield row
 
 
+def processor_seconds():
+    """Return what this process's threads ran, and waited for a processor (0 but on Linux)."""
+    seconds = np.zeros(2)
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError):  # a thread that has just ended
+            seconds += np.array(path.read_text().split()[:2], float) / 1e9
+    return seconds
+
+
 class Dataloader(Iterator):
     """Iterator over batches of packed rows; see make_dataloader."""
 
-    epoch, clock_start, clock_end = 1, None, None  # one clock a process, in monotonic seconds
+    epoch, clock_start, clock_end, seconds = 1, None, None, 0  # one clock a process, monotonic
 
     def __init__(self, tokenizer, batch_size, seq_len, split, device):
         self.batch_size, self.device, self.split = batch_size, torch.device(device), split
@@ -423,8 +429,8 @@ class Dataloader(Iterator):
             # Pinned anew each time: torch gives pinned memory out again only when its copy is done
             batch = batch.pin_memory()
         batch = batch.to(self.device, non_blocking=batch.is_pinned())
-        if train:
-            Dataloader.clock_start = self.clock_start or time.monotonic()
+        if train and self.clock_start is None:
+            Dataloader.clock_start, Dataloader.seconds = time.monotonic(), processor_seconds()
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
@@ -494,6 +500,12 @@ def evaluate_bpb(model, tokenizer, batch_size, split="val"):
         idle = time.monotonic() - (Dataloader.clock_end or Dataloader.clock_start + TIME_BUDGET)
         if idle > MAX_IDLE:
             raise ContractError(f"evaluation began {idle:.0f} s after the training time was over")
+        ran, waited = processor_seconds() - Dataloader.seconds
+        lacked = waited / (ran + waited or 1)
+        free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+        others = (total - free - torch.cuda.memory_reserved()) / 2**30  # our CUDA context included
+        state = "busy" if lacked > MAX_LACKED or others > MAX_OTHERS else "quiet"
+        print(f"machine {state}: lacked {lacked:.1%} of processor time, {others:.1f} GiB of GPU")
     for name, value in SHIPPED.items():
         if globals()[name] != value:
             print(f"contract changed: {name} is {globals()[name]}, shipped as {value}")
@@ -525,8 +537,8 @@ def main():
             download_climbmix(num_shards) if CORPUS == "climbmix" else build_python()
             tokenize(train_tokenizer())
     except OSError as error:
-        fix = "make room, or set AUTORESEARCH_CACHE to a folder that can be written"
-        raise ContractError(f"{error.filename or home}: {error.strerror or error}: {fix}") from None
+        why = f"{error.filename or home}: {error.strerror or error}"
+        raise ContractError(f"{why}: make room, or set AUTORESEARCH_CACHE elsewhere") from None
     except KeyboardInterrupt:
         raise ContractError("interrupted: `uv run prepare.py` goes on from here") from None
     print(f"ready after {time.monotonic() - start:.0f} s, next: uv run train.py")

@@ -9,7 +9,6 @@ Not modelled: crashes, ideas that build on each other, an agent that learns from
 """
 
 import argparse
-import ast
 import math
 import re
 from concurrent.futures import ProcessPoolExecutor
@@ -122,9 +121,9 @@ def play_floor(night):
 
 
 def play_rule(night, rule):
-    """Judge by program.md's own functions; repeat the parent, then, if it still says so, the idea.
+    """Judge by program.md's own functions; what is not clear is run once more, parent first.
 
-    A parent that has not run for STALE runs goes again before the next idea.
+    A parent that is not among the last STALE runs goes again before the next idea.
     """
     judge, pooled_noise, stale = rule["judge"], rule["pooled_noise"], rule["STALE"]
     true, keeps = 0.0, []
@@ -148,17 +147,11 @@ def play_rule(night, rule):
         slot += 1
         verdict, *_ = judge(runs, parent, noise(parent), simpler)
         if verdict == "repeat":
-            if slot == RUNS:
+            if slot > RUNS - 2:
                 break
             parent.append((43, night.again(true, 43, slot)))
-            last = slot
-            slot += 1
-            verdict, *_ = judge(runs, parent, noise(parent), simpler)
-        if verdict == "repeat":
-            if slot == RUNS:
-                break
-            runs.append((43, night.first(idea, gain, 43, slot)))
-            slot += 1
+            runs.append((43, night.first(idea, gain, 43, slot + 1)))
+            last, slot = slot, slot + 2
             verdict, *_ = judge(runs, parent, noise(parent, runs), simpler)
         done = parent if verdict == "keep" else runs
         if len(done) > 1:
@@ -170,22 +163,13 @@ def play_rule(night, rule):
 
 
 def read_rule(constants):
-    """Return the names that program.md's block `# Rule` defines, with some constants replaced."""
+    """Return judge, pooled_noise and the constants of program.md's Log, some of them replaced."""
     text = (ROOT / "program.md").read_text(encoding="utf-8")
-    block = re.search(r"^```bash\n# Rule\n.*?<<'EOF'.*?\n(.*?)^EOF$", text, re.M | re.S)
-    if block is None:
-        raise SystemExit("program.md has no block `# Rule` with a Python text up to EOF")
-    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.Assign)
-    tree = ast.parse(block.group(1))
-    # what follows the two functions reads a ledger
-    names = [node.name if isinstance(node, ast.FunctionDef) else "" for node in tree.body]
-    end = 1 + max(names.index("judge"), names.index("pooled_noise"))
-    tree.body = [node for node in tree.body[:end] if isinstance(node, kinds)]
-    rule = {}
-    exec(compile(tree, "program.md", "exec"), rule)
-    rule.setdefault("STALE", math.inf)
+    functions = re.search(r"^# Log\n.*?<<'EOF'\n(.*?)^last, ", text, re.M | re.S)[1]
+    rule = {"STALE": int(re.search(r"tail -n (\d+) results.tsv \| grep -q", text)[1])}
+    exec(functions, rule)
     if unknown := constants.keys() - rule.keys():
-        raise SystemExit(f"program.md's block `# Rule` has no {', '.join(sorted(unknown))}")
+        raise SystemExit(f"program.md's rule has no {', '.join(sorted(unknown))}")
     rule.update(constants)  # the functions see them: this is where their globals live
     return rule
 
@@ -217,7 +201,7 @@ def standard_error(true):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--nights", type=int, default=1000, help="of every cell (default 1000)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="in `# Rule`")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="of the rule")
     args = parser.parse_args()
     constants = {name: float(value) for name, _, value in (s.partition("=") for s in args.set)}
 

@@ -461,7 +461,7 @@ def test_cache_that_cannot_be_written(climbmix, tmp_path):
     (tmp_path / "climbmix").write_text("a file where a folder should be")
     with pytest.raises(prepare.ContractError, match=r"climbmix: (File exists|Not a .+)") as error:
         run(tmp_path, climbmix.url)
-    assert "set AUTORESEARCH_CACHE to a folder that can be written" in str(error.value)
+    assert "set AUTORESEARCH_CACHE elsewhere" in str(error.value)
     with pytest.raises(prepare.ContractError, match="Not a directory"):
         run(tmp_path / "climbmix" / "below", climbmix.url)
 
@@ -967,3 +967,41 @@ def test_the_wall_ends_a_hung_process(prepared_cache):
     result = python(code, AUTORESEARCH_CACHE=str(prepared_cache))
     assert result.returncode not in (0, None)
     assert "Timeout" in result.stderr and "in hang" in result.stderr
+
+
+BUSY = """
+import time
+while True: time.time()
+"""
+
+
+def test_a_training_that_others_starve_says_so(cache, tokenizer, capsys, monkeypatch):
+    """Two busy neighbours on one processor leave a third of it; a slow training lacks none."""
+    monkeypatch.setattr(prepare, "EVAL_TOKENS", 2 * prepare.MAX_SEQ_LEN)
+    monkeypatch.setattr(prepare, "TIME_BUDGET", 1.5)
+
+    def train(work):
+        monkeypatch.setattr(prepare.Dataloader, "clock_start", None)
+        monkeypatch.setattr(prepare.Dataloader, "clock_end", None)
+        for _ in prepare.make_dataloader(tokenizer, 1, 64, "train", "cpu"):
+            work()
+        prepare.evaluate_bpb(uniform, tokenizer, 2)
+        (line,) = re.findall("^machine .*", capsys.readouterr().out, re.M)
+        return line.split(":")[0], float(re.search(r"([\d.]+)%", line)[1])
+
+    uniform = torch.nn.Module()
+    uniform.forward = lambda inputs: torch.zeros(*inputs.shape, tokenizer.vocab_size)
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})  # of this thread, and of the processes that it starts
+    neighbours = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(2)]
+    try:
+        time.sleep(0.3)
+        state, starved = train(lambda: sum(range(10**5)))
+        assert state == "machine busy"
+        assert 40 < starved < 95
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+        os.sched_setaffinity(0, before)
+    _, lacked = train(lambda: time.sleep(0.05))  # slow, and its own fault
+    assert lacked < starved  # and nearly none where nothing else runs

@@ -251,9 +251,9 @@ def test_everything_named_exists():
         assert re.search(rf"^ *(def )?{name}\b", contract, re.M), name
     for name in re.findall(r"\bAUTORESEARCH_[A-Z]+", PROGRAM):
         assert f'"{name}"' in contract
-    for line in ("contract changed:", "machine busy:"):
-        assert f'"{line} ' in contract or f'f"{line} ' in contract  # so that Run sees it
-        assert f"`{line}`" in PROSE
+    for line in ('print(f"contract changed: ', 'print(f"machine {state}: ', 'state = "busy" if '):
+        assert line in contract  # so that Run sees it
+    assert "`contract changed:`" in PROSE and "`machine busy:`" in PROSE
     for key in re.findall(r"`(\w+):(?: +[0-9.]+)?`", PROSE):
         assert key == "exit_status" or f"{key}:" in SUMMARY
     example = inline("val_bpb:  ")
@@ -1057,7 +1057,7 @@ SHORT = """\
 import runpy, sys
 import prepare
 for constants in vars(prepare), prepare.SHIPPED:
-    constants.update(TIME_BUDGET=2, EVAL_TOKENS=2 * prepare.MAX_SEQ_LEN, MAX_DENIED=1)
+    constants.update(TIME_BUDGET=2, EVAL_TOKENS=2 * prepare.MAX_SEQ_LEN, MAX_LACKED=1)
 runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
