@@ -1,4 +1,4 @@
-"""Walk program.md's loop through a real coding agent, with a scripted stand-in for its model.
+"""Walk program.md's loop through a real coding agent, on PATH, with a scripted model.
 
     uv run python tests/clients/drive.py claude               # as the README starts it
     uv run python tests/clients/drive.py codex --worktree     # the same in a git worktree
@@ -26,8 +26,7 @@ from threading import Thread
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "Read program.md and begin, or go on; the tag is trial, the limits are 4 experiments."
 STUB = '''"""A stand-in for the training: an idea is another GAIN."""
-import os
-import time
+import os, time
 
 GAIN = 0.0
 seed = int(os.environ["AUTORESEARCH_SEED"])
@@ -35,6 +34,12 @@ time.sleep(SECONDS if seed == 42 and GAIN == 0 else 0)
 print(f"device: stub\\ncorpus: stub\\nattention: stub, compile: no\\n---")
 print(f"val_bpb:          {1 - GAIN + seed % 3 / 1000:.6f}\\npeak_vram_mb:     1024.0")
 '''
+IDEAS = (  # the subject of the commit, its GAIN, what becomes of it
+    ("a gain", "0.1", "keep"),
+    ("a loss", "-0.1", "discard"),
+    ("nothing much", "0.1001", "discard"),
+    ("a crash", "1 / 0", "crash"),
+)
 PYPROJECT = '[project]\nname = "stub"\nversion = "0"\nrequires-python = ">=3.11"\n'
 CODEX_CONFIG = """model = "gpt-5.5-codex"
 model_provider = "stand-in"
@@ -49,14 +54,14 @@ model_providers.stand-in = {{name = "stand-in", base_url = "{url}/v1", wire_api 
 class Night:
     """What the stand-in calls, step by step, and what must have come of each step."""
 
-    def __init__(self, repo, hole, verbose):
-        self.repo, self.hole, self.verbose = repo, hole, verbose
+    def __init__(self, repo, hole):
+        self.repo, self.hole = repo, hole  # the way to edit prepare.py that the client leaves open
         self.output, self.failures, self.over = "", 0, False  # of the last call; so far; walked
 
     def check(self, label, ok):
         self.failures += not ok
         print("ok  " if ok else "FAIL", label, flush=True)
-        if not ok or self.verbose:
+        if not ok:
             print("\n".join(f"     | {line}" for line in self.output.splitlines()[-20:]))
 
     def git(self, *words):
@@ -90,12 +95,7 @@ class Night:
             yield "shell", self.block("Log", seed=seed)
             self.check("Log", len(self.read("results.tsv").splitlines()) == rows + 1)
         kept = "0.0"
-        for idea, gain, status in (
-            ("a gain", "0.1", "keep"),
-            ("a loss", "-0.1", "discard"),
-            ("nothing much", "0.1001", "discard"),
-            ("a crash", "1 / 0", "crash"),
-        ):
+        for idea, gain, status in IDEAS:
             yield "read", "train.py"
             yield "edit", "train.py", f"GAIN = {kept}", f"GAIN = {gain}"
             self.check(f"edit for {idea}", f"GAIN = {gain}\n" in self.read("train.py"))
@@ -103,7 +103,7 @@ class Night:
             self.check("commit", self.git("log", "-1", "--format=%s") == idea)
             yield "shell", self.block("Run")
             self.check("Run", self.ends() == ["1" if status == "crash" else "0"])
-            yield "shell", self.block("Log", **({"verdict": status} if status == "crash" else {}))
+            yield "shell", self.block("Log", verdict="crash" if status == "crash" else "rule")
             if idea == "nothing much":
                 self.check("Log: repeat", "repeat" in self.output)
                 yield "shell", self.block("Repeat")
@@ -144,13 +144,11 @@ def text(content):
 
 
 class Claude:
-    path, hole, prompt_option = "/v1/messages", "python", "-p"
+    path, shell, prompt_option, hole = "/v1/messages", "Bash", "-p", "python"
 
     @staticmethod
     def output(request):
-        """Return what the last call gave, "" at the start; None if this is no turn of the loop."""
-        if not any(tool["name"] == "Bash" for tool in request.get("tools", ())):
-            return None
+        """Return what the last call gave, "" at the start of a session."""
         parts = [p for p in request["messages"][-1]["content"] if isinstance(p, dict)]
         results = [part for part in parts if part["type"] == "tool_result"]
         return text(results[-1].get("content", "")) if results else ""
@@ -169,8 +167,7 @@ class Claude:
             start = {"type": "tool_use", "id": f"toolu_{number}", "name": call[0], "input": {}}
             delta = {"type": "input_json_delta", "partial_json": json.dumps(call[1])}
         usage = {"input_tokens": 1, "output_tokens": 1}
-        message = {"id": f"msg_{number}", "type": "message", "role": "assistant", "content": []}
-        message |= {"model": "stand-in", "stop_reason": None, "usage": usage}
+        message = {"id": f"msg_{number}", "role": "assistant", "content": [], "usage": usage}
         stop = {"stop_reason": "tool_use" if call else "end_turn"}
         yield {"type": "message_start", "message": message}
         yield {"type": "content_block_start", "index": 0, "content_block": start}
@@ -181,7 +178,7 @@ class Claude:
 
 
 class Codex:
-    path, hole, prompt_option = "/v1/responses", None, "exec"
+    path, shell, prompt_option, hole = "/v1/responses", "exec_command", "exec", None
 
     @staticmethod
     def output(request):
@@ -208,11 +205,9 @@ class Codex:
         else:
             item = {"type": "function_call", "name": call[0], "arguments": json.dumps(call[1])}
         item["call_id" if call else "id"] = f"item_{number}"
-        response = {"id": f"response_{number}"}
-        usage = {"input_tokens": 1, "output_tokens": 1, "total_tokens": 2}
-        yield {"type": "response.created", "response": response}
+        yield {"type": "response.created", "response": {}}
         yield {"type": "response.output_item.done", "item": item}
-        yield {"type": "response.completed", "response": {**response, "usage": usage}}
+        yield {"type": "response.completed", "response": {"id": f"response_{number}"}}
 
 
 # --- The server -----------------------------------------------------------------------------------
@@ -224,17 +219,15 @@ class Model(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self.path.startswith(protocol.path):
             return self.send_error(404)
-        output, call = protocol.output(request), None
-        server.calls += 1
-        if output and (session := re.search(r"Process running with session ID (\d+)", output)):
-            call = "poll", int(session[1])
-        elif output is not None:
-            server.night.output = output
-            call = next(server.steps, None)
+        call, server.turns = None, server.turns + 1
+        if protocol.shell in [tool.get("name") for tool in request.get("tools", ())]:
+            server.night.output = output = protocol.output(request)
+            running = re.search(r"Process running with session ID (\d+)", output)
+            call = ("poll", int(running[1])) if running else next(server.steps, None)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        for event in protocol.events(server.calls, call and protocol.tool(*call)):
+        for event in protocol.events(server.turns, call and protocol.tool(*call)):
             self.wfile.write(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode())
 
     def refuse(self):
@@ -256,49 +249,39 @@ def make_clone(scratch, seconds, worktree):
     env = {key: os.environ[key] for key in ("PATH", "LANG", "TERM") if key in os.environ}
     (home / ".profile").write_text(f"PATH={shlex.quote(env['PATH'])}\n")  # for login shells
     env |= {"HOME": str(home), "UV_PYTHON": os.path.realpath(sys.executable), "UV_OFFLINE": "1"}
-
-    def run(command, cwd=repo):
-        subprocess.run(shlex.split(command), cwd=cwd, env=env, check=True)
-
     (home / ".gitconfig").write_text("[user]\nname = Trial\nemail = trial@example.invalid\n")
-    run(f"git clone -q {shlex.quote(str(ROOT))} clone", scratch)
+    subprocess.check_call(["git", "clone", "-q", str(ROOT), str(repo)], env=env)
     shutil.copy(ROOT / "program.md", repo)
     (repo / "train.py").write_text(STUB.replace("SECONDS", str(seconds)))
     (repo / "pyproject.toml").write_text(PYPROJECT)
-    run("git commit -q -a -m stub")
-    if worktree:
-        run("git worktree add -q --detach ../tree")
-        repo = scratch / "tree"
-    run("uv sync -q", repo)
-    return repo, env
+    tree = "git worktree add -q --detach ../tree; cd ../tree;" * worktree
+    command = f"set -e; git commit -q -a -m stub; {tree} uv sync -q"
+    subprocess.check_call(command, cwd=repo, env=env, shell=True)
+    return scratch / "tree" if worktree else repo, env
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("client", choices=("claude", "codex"))
-    parser.add_argument("--path", default="", help="folder of the client, if it is not on PATH")
     parser.add_argument("--line", help="what starts the client, in place of the README's line")
     parser.add_argument("--worktree", action="store_true", help="walk in a git worktree")
     parser.add_argument("--seconds", type=int, default=0, help="what the first run takes")
-    parser.add_argument("--verbose", action="store_true", help="show what each call gave")
     options = parser.parse_args()
-    os.environ["PATH"] = f"{options.path}{os.pathsep * bool(options.path)}{os.environ['PATH']}"
     protocol = {"claude": Claude, "codex": Codex}[options.client]
     readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    line = options.line or re.search(rf"^    ((?:\w+=\S+ )*{options.client} .*)", readme, re.M)[1]
+    found = re.search(rf"^    ((?:\w+=\S+ )*{options.client} .*)", readme, re.M)
+    line = options.line or (found and found[1]) or parser.error("no line in README.md: give --line")
     scratch = Path(tempfile.mkdtemp(prefix="night-", dir="/var/tmp"))  # Codex may write in /tmp
     repo, env = make_clone(scratch, options.seconds, options.worktree)
-
-    night = Night(repo, protocol.hole, options.verbose)
+    night = Night(repo, protocol.hole)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Model)
     server.protocol, server.night, server.steps = protocol, night, night.walk()
-    server.calls, server.outside = 0, set()
+    server.turns, server.outside = 0, set()
     Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     env |= dict.fromkeys(("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy"), url)
-    env |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    env |= {"NO_PROXY": "127.0.0.1", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
     env |= {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_API_KEY": "dummy"}
-    env |= {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"}
     (scratch / "home/.codex").mkdir()
     (scratch / "home/.codex/config.toml").write_text(CODEX_CONFIG.format(url=url))
 
@@ -311,10 +294,9 @@ def main():
     night.output = (scratch / "client.log").read_text()
     night.check("the night is over, and Look has ended the loop", night.over and status == 0)
     print("tried to reach:", *(sorted(server.outside) or ["loopback alone"]))
-    print(f"{server.calls} turns, {night.failures} failures")
-    if night.failures:
-        print(f"left for a look: {scratch}")
-    else:
+    print(f"{server.turns} turns, {night.failures} failures")
+    print("kept, for a look:" if night.failures else "removed:", scratch)
+    if not night.failures:
         shutil.rmtree(scratch)
     sys.exit(bool(night.failures))
 
