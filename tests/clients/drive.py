@@ -37,7 +37,7 @@ print(f"val_bpb:          {1 - GAIN + seed % 3 / 1000:.6f}\\npeak_vram_mb:     1
 IDEAS = (  # the subject of the commit, its GAIN, what becomes of it
     ("a gain", "0.1", "keep"),
     ("a loss", "-0.1", "discard"),
-    ("nothing much", "0.1001", "discard"),
+    ("nothing much", "0.1005", "discard"),
     ("a crash", "1 / 0", "crash"),
 )
 PYPROJECT = '[project]\nname = "stub"\nversion = "0"\nrequires-python = ">=3.11"\n'
