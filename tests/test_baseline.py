@@ -3,6 +3,7 @@
 What is true of any train.py stands in test_train.py. Tests marked `gpu` need a CUDA device.
 """
 
+import functools
 import importlib.util
 import itertools
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import prepare
 import train
@@ -729,6 +731,96 @@ def test_tiny_model_learns_a_batch_by_heart():
     losses = overfit(60)
     assert losses[0] == pytest.approx(math.log(64), abs=0.02)
     assert losses[-1] < 0.1
+
+
+# ------------------------------------------------------------------------------------------------
+# The graph that a GPU compiles, captured without one
+
+
+def attention_weights(q, k, left):
+    ahead = torch.arange(q.size(1))[:, None] - torch.arange(q.size(1))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.size(3))
+    return scores.masked_fill((ahead < 0) | (ahead > left), -math.inf).softmax(dim=-1)
+
+
+@torch.library.custom_op("autoresearch::attention", mutates_args=())
+def opaque_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int) -> torch.Tensor:
+    """Stand in for FlashAttention-3: an operator that the compiler cannot look into."""
+    return torch.einsum("bhts,bshd->bthd", attention_weights(q, k, left), v).contiguous()
+
+
+@torch.library.custom_op("autoresearch::attention_backward", mutates_args=())
+def opaque_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int
+) -> list[torch.Tensor]:
+    p = attention_weights(q, k, left)
+    dp = torch.einsum("bthd,bshd->bhts", grad, v)
+    ds = p * (dp - (dp * p).sum(dim=-1, keepdim=True)) / math.sqrt(q.size(3))
+    dq, dk = torch.einsum("bhts,bshd->bthd", ds, k), torch.einsum("bhts,bthd->bshd", ds, q)
+    dv = torch.einsum("bhts,bthd->bshd", p, grad)
+    return [dq.contiguous(), dk.contiguous(), dv.contiguous()]
+
+
+opaque_attention.register_fake(lambda q, k, v, left: torch.empty_like(q))
+opaque_backward.register_fake(lambda grad, q, k, v, left: [torch.empty_like(x) for x in (q, k, v)])
+opaque_attention.register_autograd(
+    lambda ctx, grad: (*opaque_backward(grad, *ctx.saved_tensors, ctx.left), None),
+    setup_context=lambda ctx, inputs, output: (
+        ctx.save_for_backward(*inputs[:3]),
+        setattr(ctx, "left", inputs[3]),
+    ),
+)
+
+
+@pytest.fixture
+def whole_graph(monkeypatch):
+    """Let compile_model() compile as for a GPU, all but the code; a graph break is an error."""
+    torch.compiler.reset()
+    counters.clear()
+    whole = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", whole)
+    monkeypatch.setattr(train, "LOSS_SLICE", 20)
+    yield lambda model: train.compile_model(model, torch.device("cuda"))
+    torch.compiler.reset()
+
+
+def test_model_with_flash_attention_is_one_graph(whole_graph, monkeypatch):
+    def flash(q, k, v, causal, window_size):
+        assert causal and window_size[1] == 0
+        return opaque_attention(q, k, v, window_size[0])
+
+    monkeypatch.setattr(train, "flash_attention_3", lambda: flash)
+    model = shake(build(depth=3, backend="flash-attn3"))
+    plain = shake(build(depth=3))
+    forward = whole_graph(model)
+    for seed in range(3):
+        idx, targets = tokens(3, 24, seed=seed), tokens(3, 24, seed=seed + 9)
+        loss, expected = forward(idx, targets), plain(idx, targets)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+        loss.backward()
+        expected.backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            logits = forward.eval()(idx)
+        torch.testing.assert_close(logits, plain(idx), rtol=1e-5, atol=1e-4)
+        forward.train()
+    assert counters["stats"]["unique_graphs"] == 2, "one to train, one to evaluate"
+    assert not counters["graph_break"]
+
+
+def test_model_with_flex_attention_is_one_graph(whole_graph):
+    """Forward alone: flex_attention has no backward on a CPU."""
+    model, plain = shake(build(depth=3, backend="flex")), shake(build(depth=3))
+    forward = whole_graph(model.eval())
+    with torch.no_grad():
+        for T, num_graphs in ((24, 1), (24, 1), (12, 2)):
+            idx, targets = tokens(3, T), tokens(3, T, seed=1)
+            torch.testing.assert_close(forward(idx), plain(idx), rtol=1e-5, atol=1e-4)
+            assert counters["stats"]["unique_graphs"] == num_graphs
+        loss = forward(idx, targets)
+        torch.testing.assert_close(loss, plain(idx, targets), rtol=1e-5, atol=1e-5)
+    assert not counters["graph_break"]
 
 
 # ------------------------------------------------------------------------------------------------

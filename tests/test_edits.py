@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_cache
+from torch._dynamo.utils import counters
 
 import prepare
 import train
@@ -79,7 +80,11 @@ def lines_touched(before, after):
     return sum(max(i2 - i1, j2 - j1) for _, i1, i2, j1, j2 in codes)
 
 
-def run_text(source, monkeypatch):
+def eager(function=None, **options):
+    return function or (lambda f: f)
+
+
+def run_text(source, monkeypatch, compiler=eager, on_batch=lambda number: None):
     """Run the main() of a text of train.py on a clock that counts batches; return what it made."""
     module = types.ModuleType("train_edited")
     exec(compile(source, "<train.py, edited>", "exec"), vars(module))
@@ -101,12 +106,13 @@ def run_text(source, monkeypatch):
         inputs, targets = next_batch(loader)
         if loader.split == "train":
             run.shapes.append(inputs.shape)
+            on_batch(len(run.shapes))
             clock.now += prepare.TIME_BUDGET / (NUM_BATCHES - 0.5)
         return inputs, targets
 
     monkeypatch.setattr(prepare, "time", clock)
     monkeypatch.setattr(prepare.Dataloader, "__next__", counted)
-    monkeypatch.setattr(torch, "compile", lambda f=None, **options: f or (lambda f: f))
+    monkeypatch.setattr(torch, "compile", compiler)
     module.make_optimizers, module.tune_cpu = watched_optimizers, lambda: None
     run.summary = module.main()
     return run
@@ -490,6 +496,37 @@ def test_edit(name, tiny, monkeypatch):
     still = [name for name, p in params.items() if torch.equal(p, run.history[0][name])]
     assert not still, "what is made is trained"
     assert check(run)
+
+
+@pytest.mark.parametrize("name", ["as shipped", "unet_skips", "mixture_of_experts"])
+def test_nothing_is_compiled_after_warm_up(name, tiny, monkeypatch):
+    """As for a CPU, all but the code generation; each block one graph, shared where it is alike."""
+    compile_, set_stance, at_batch = torch.compile, torch.compiler.set_stance, []
+
+    def compiler(function, options, **more):
+        return compile_(function, backend="aot_eager", fullgraph=True, **more)
+
+    def strict_stance(stance):
+        """Let a model that its warm-up has not seen fail in evaluation, instead of run eagerly."""
+        return set_stance("fail_on_recompile" if at_batch else stance)
+
+    torch.compiler.reset()
+    counters.clear()
+    monkeypatch.setattr(torch.compiler, "set_stance", strict_stance)
+    source = SOURCE if name == "as shipped" else EDITS[name][0](SOURCE)
+    source = constants(DEPTH=6)(source)
+    run = run_text(
+        source,
+        monkeypatch,
+        compiler,
+        lambda number: at_batch.append(counters["stats"]["unique_graphs"]),
+    )
+    assert len(at_batch) == NUM_BATCHES
+    assert set(at_batch) == {counters["stats"]["unique_graphs"]}
+    # Blocks with and without a value embedding, the loss of a full slice and of the rest
+    assert at_batch[0] == 2 + 2
+    assert len(run.model.blocks) == 6
+    torch.compiler.reset()
 
 
 FORGOTTEN = {  # a parameter of which nothing says how it is trained: (anchor, new line, its name)
