@@ -293,10 +293,9 @@ class GPT(nn.Module):
         x = norm(self.wte(idx).to(self.dtype))
         x0 = x.view_as(x)  # no second name of x: a block compiled for that would fit no other
         rotary = self.rotary[:, : idx.size(1)]
+        embeds = {i: table(idx).to(x.dtype) for i, table in self.value_embeds.items()}
         for i, block in enumerate(self.blocks):
-            has_embed = str(i) in self.value_embeds
-            embed = self.value_embeds[str(i)](idx).to(x.dtype) if has_embed else None
-            x = block(x, x0, embed, rotary)
+            x = block(x, x0, embeds.get(str(i)), rotary)
         x = norm(x)
         if targets is None:
             return softcap(self.lm_head(x))
@@ -576,9 +575,8 @@ def main():
 
     # Training
     loss_sum, smooth_loss = torch.zeros((), device=device), torch.zeros((), device=device)
-    step, passes, total_tokens, peak = 0, 0, 0, peak_flops(device_name)
-    shown_step, shown_tokens, shown_at = 0, 0, 0.0
-    terminal = sys.stdout.isatty()
+    step, passes, total_tokens, shown_step, shown_tokens, shown_at = 0, 0, 0, 0, 0, 0.0
+    terminal, peak = sys.stdout.isatty(), peak_flops(device_name)
     interval = 0.5 if terminal else prepare.TIME_BUDGET / 90  # seconds between reports
     for inputs, targets in loader:
         loss = forward(inputs, targets)

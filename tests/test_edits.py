@@ -233,8 +233,8 @@ def value_embeddings_in_every_layer(source):
 @edit(6, lambda run: in_adamw(run, "skip_lambdas", 1))
 def unet_skips(source):
     tables = "            self.value_embeds = nn.ModuleDict()\n"
-    loop = "        for i, block in enumerate(self.blocks):\n            has"
-    call = "            x = block(x, x0, embed, rotary)\n"
+    loop = "        for i, block in enumerate(self.blocks):\n            x"
+    call = "            x = block(x, x0, embeds.get(str(i)), rotary)\n"
     skip = """            j = len(self.blocks) - 1 - i
             if j < i:
                 x = x + self.skip_lambdas[j].to(x.dtype) * outputs[j]
