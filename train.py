@@ -10,6 +10,7 @@ Shapes: B rows, T tokens of context, C model_dim, H heads, D head_dim, V vocabul
 
 import ctypes
 import functools
+import logging
 import math
 import sys
 import time
@@ -29,19 +30,19 @@ ON_CUDA = torch.cuda.is_available()
 DEPTH = 8 if ON_CUDA else 4  # layers; the main size knob
 ASPECT_RATIO = 64 if ON_CUDA else 48  # model_dim = DEPTH * ASPECT_RATIO, up to full heads
 HEAD_DIM = 128 if ON_CUDA else 192  # channels a head
-WINDOW_PATTERN = "SSSL" if ON_CUDA else "SL"  # S: short, L: all; cycled, the last is L
+WINDOW_PATTERN = "SSSL" if ON_CUDA else "SL"  # S: short, L: all; cycled, its end comes last
 SHORT_WINDOW = 1 / 2 if ON_CUDA else 1 / 16  # of the context
-SOFTCAP = 15  # logits stay between -SOFTCAP and SOFTCAP; under 80, see softcap_loss
+SOFTCAP = 15  # logits stay between -SOFTCAP and SOFTCAP; under 80, see head_loss
 LOSS_SLICE = 2**14 if ON_CUDA else 512  # tokens whose logits are in memory at once
 ROPE_BASE = 10_000  # of the rotary embedding; larger for long contexts
 
-TOTAL_BATCH_SIZE = 2**19 if ON_CUDA else 2**13  # tokens an optimizer step
-DEVICE_BATCH_SIZE = 128 if ON_CUDA else 4  # rows a forward pass; halved when out of memory
+TOTAL_BATCH_SIZE = 2**19 if ON_CUDA else 2**13  # tokens an optimizer step, down to whole rows
+DEVICE_BATCH_SIZE = 128 if ON_CUDA else 4  # rows a pass, at most; halved when out of memory
 
 EMBEDDING_LR = 0.6 if ON_CUDA else 0.2  # AdamW: token and value embeddings, at model_dim 768
 UNEMBEDDING_LR = 0.004  # AdamW: lm_head, at model_dim 768
 MATRIX_LR = 0.04 if ON_CUDA else 0.03  # Muon: matrices in the blocks
-SCALAR_LR = 0.5  # AdamW: x0_lambdas; a hundredth of it for resid_lambdas
+SCALAR_LR = 0.5  # AdamW: x0_lambda; a hundredth of it for all other scalars and vectors
 WEIGHT_DECAY = 0.2  # Muon, cautious, falling to 0
 ADAM_BETAS = (0.8, 0.95)  # decay of the first and second moment
 
@@ -75,57 +76,68 @@ def choose_attention(device):
         return "flex"
 
 
+def heads_first(attend, q, k, v, **kwargs):
+    """Call a function of (B, H, T, D) on (B, T, H, D); fewer heads of k and v are shared."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return attend(q, k, v, enable_gqa=q.size(1) != k.size(1), **kwargs).transpose(1, 2)
+
+
+def sdpa(q, k, v, window):
+    """Attend by torch's scaled_dot_product_attention, without most of what no query sees."""
+    T, attend = q.size(1), functools.partial(heads_first, F.scaled_dot_product_attention)
+    positions = torch.arange(T, device=q.device)
+    if window >= T - 1:
+        half = T // 2  # keys from here on are of no use to the queries before
+        mask = positions[half:, None] >= positions
+        first = attend(q[:, :half], k[:, :half], v[:, :half], is_causal=True)
+        return torch.cat([first, attend(q[:, half:], k, v, attn_mask=mask)], dim=1)
+    # In blocks of at least the window, a query sees keys of its own block and of the one before;
+    # before the first block of a row the last of another row is rolled in, and masked
+    size = next(s for s in range(max(window, 1), T + 1) if T % s == 0)
+    query = positions.view(-1, 1, size, 1)
+    key = query[:, :, :1] + torch.arange(-size, size, device=q.device)
+    mask = (key >= 0) & (key <= query) & (query - key <= window)  # (blocks, 1, size, 2 size)
+    q, k, v = (x.unflatten(1, (-1, size)).flatten(0, 1) for x in (q, k, v))
+    k, v = (torch.cat([x.roll(1, 0), x], dim=1) for x in (k, v))
+    y = attend(q, k, v, attn_mask=mask.repeat(len(q) // len(mask), 1, 1, 1))
+    return y.unflatten(0, (-1, len(mask))).flatten(1, 2)
+
+
 def make_attention(backend, seq_len, window, device):
     """Return causal attention in which a query sees itself and `window` tokens before it.
 
-    The function maps q (B, T, H, D) and k, v (B, T, H_kv, D) to (B, T, H, D); T is seq_len.
+    The function maps q (B, T, H, D) and k, v (B, T, H_kv, D) to (B, T, H, D), T up to seq_len.
     """
     window = min(window, seq_len)
     if backend == "flash-attn3":
         return functools.partial(flash_attention_3(), causal=True, window_size=(window, 0))
+    if backend == "sdpa":
+        return functools.partial(sdpa, window=window)
 
     def banded(b, h, query, key):
         return (key <= query) & (query - key <= window)
 
-    def heads_first(q, k, v, **kwargs):
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return attend(q, k, v, enable_gqa=q.size(1) != k.size(1), **kwargs).transpose(1, 2)
+    make_mask = functools.partial(create_block_mask, banded, None, None, device=device)
+    whole = make_mask(seq_len, seq_len)
 
-    if backend == "flex":
-        mask = create_block_mask(banded, None, None, seq_len, seq_len, device=device)
-        attend = functools.partial(flex_attention, block_mask=mask)
-        return heads_first
-    attend = F.scaled_dot_product_attention
-    if window >= seq_len - 1:
-        half = seq_len // 2  # keys from here on are of no use to the queries before
-        mask = torch.ones(seq_len - half, seq_len, device=device).tril(half).bool()
+    def flex(q, k, v):
+        mask = whole if q.size(1) == seq_len else make_mask(q.size(1), q.size(1))
+        return heads_first(flex_attention, q, k, v, block_mask=mask)
 
-        def in_halves(q, k, v):
-            first = heads_first(q[:, :half], k[:, :half], v[:, :half], is_causal=True)
-            return torch.cat([first, heads_first(q[:, half:], k, v, attn_mask=mask)], dim=1)
-
-        return in_halves
-    # In blocks of at least the window, a query sees keys of its own block and of the one before;
-    # before the first block of a row the last of another row is rolled in, and masked
-    size = next(s for s in range(max(window, 1), seq_len + 1) if seq_len % s == 0)
-    query = torch.arange(seq_len, device=device).view(-1, 1, size, 1)
-    key = query[:, :, :1] - size + torch.arange(2 * size, device=device)
-    mask = banded(0, 0, query, key) & (key >= 0)  # (blocks, 1, size, 2 size)
-
-    def blockwise(q, k, v):
-        q, k, v = (x.unflatten(1, (-1, size)).flatten(0, 1) for x in (q, k, v))
-        k, v = (torch.cat([x.roll(1, 0), x], dim=1) for x in (k, v))
-        y = heads_first(q, k, v, attn_mask=mask.repeat(len(q) // len(mask), 1, 1, 1))
-        return y.unflatten(0, (-1, len(mask))).flatten(1, 2)
-
-    return blockwise
+    return flex
 
 
 # --- Model ----------------------------------------------------------------------------------------
 
 
-class Linear(nn.Linear):
-    """Linear map whose float32 weights are cast to the dtype of the input, as autocast would."""
+class Linear(nn.Module):
+    """Linear map: weights uniform with this std, cast to the dtype of the input as by autocast."""
+
+    def __init__(self, in_features, out_features, std):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+        if std:
+            nn.init.uniform_(self.weight, -math.sqrt(3) * std, math.sqrt(3) * std)
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
@@ -137,16 +149,16 @@ def norm(x):
 
 
 def rotary_tables(seq_len, head_dim, device):
-    """Return cos and sin, each float32 (seq_len, 1, head_dim / 2)."""
+    """Return cos and sin of the angles, float32 (2, seq_len, 1, head_dim / 2)."""
     channels = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
     positions = torch.arange(seq_len, device=device, dtype=torch.float32)
     angles = torch.outer(positions, ROPE_BASE ** (-channels / head_dim))
-    return angles.cos()[:, None], angles.sin()[:, None]
+    return torch.stack([angles.cos(), angles.sin()])[:, :, None]
 
 
-def apply_rotary(x, cos, sin):
+def apply_rotary(x, rotary):
     """Rotate the channel pairs of x (B, T, H, D) by position (Su et al., arXiv 2104.09864)."""
-    x1, x2 = x.chunk(2, dim=-1)
+    (cos, sin), (x1, x2) = rotary.unbind(0), x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
@@ -159,22 +171,23 @@ class Attention(nn.Module):
     def __init__(self, model_dim, n_head, n_kv_head, has_value_embed, attend):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, model_dim // n_head
-        self.c_q = Linear(model_dim, n_head * self.head_dim, bias=False)
-        self.c_k = Linear(model_dim, n_kv_head * self.head_dim, bias=False)
-        self.c_v = Linear(model_dim, n_kv_head * self.head_dim, bias=False)
-        self.c_proj = Linear(n_head * self.head_dim, model_dim, bias=False)
-        self.gate = Linear(min(32, model_dim), n_kv_head, bias=False) if has_value_embed else None
+        std = model_dim**-0.5
+        self.c_q = Linear(model_dim, n_head * self.head_dim, std)
+        self.c_k = Linear(model_dim, n_kv_head * self.head_dim, std)
+        self.c_v = Linear(model_dim, n_kv_head * self.head_dim, std)
+        self.c_proj = Linear(n_head * self.head_dim, model_dim, std=0)
+        self.gate = Linear(min(32, model_dim), n_kv_head, std=0) if has_value_embed else None
         self.attend = attend
 
-    def forward(self, x, value_embed, cos, sin):
+    def forward(self, x, value_embed, rotary):
         B, T, _ = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
         if value_embed is not None:
-            gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))  # (B, T, H_kv)
+            gate = 2 * torch.sigmoid(self.gate(x[..., :32]))  # (B, T, H_kv)
             v = v + gate[..., None] * value_embed.view(v.shape)
-        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+        q, k = norm(apply_rotary(q, rotary)), norm(apply_rotary(k, rotary))
         return self.c_proj(self.attend(q, k, v).reshape(B, T, -1))
 
 
@@ -183,61 +196,58 @@ class MLP(nn.Module):
 
     def __init__(self, model_dim):
         super().__init__()
-        self.c_fc = Linear(model_dim, 4 * model_dim, bias=False)
-        self.c_proj = Linear(4 * model_dim, model_dim, bias=False)
+        self.c_fc = Linear(model_dim, 4 * model_dim, std=model_dim**-0.5)
+        self.c_proj = Linear(4 * model_dim, model_dim, std=0)
 
     def forward(self, x):
         return self.c_proj(F.relu(self.c_fc(x)).square())
 
 
 class Block(nn.Module):
-    """Residual attention and residual MLP, as two halves: see compile_model."""
+    """Residual attention and residual MLP, on a mix of x and where it began."""
 
     def __init__(self, model_dim, *attention_args):
         super().__init__()
+        self.resid_lambda = nn.Parameter(torch.tensor(1.0))
+        self.x0_lambda = nn.Parameter(torch.tensor(0.1))
         self.attn = Attention(model_dim, *attention_args)
         self.mlp = MLP(model_dim)
 
-    def first_half(self, x, x0, resid_lambda, x0_lambda, value_embed, cos, sin):
-        x = resid_lambda * x + x0_lambda * x0
-        return x + self.attn(norm(x), value_embed, cos, sin)
-
-    def second_half(self, x):
+    def forward(self, x, x0, value_embed, rotary):
+        x = self.resid_lambda * x + self.x0_lambda * x0
+        x = x + self.attn(norm(x), value_embed, rotary)
         return x + self.mlp(norm(x))
 
 
 def softcap(logits):
     """Return SOFTCAP * tanh(logits / SOFTCAP) in float32 (Gemma 2, arXiv 2408.00118)."""
+    # On AMD Zen 5 torch.tanh is slower
     return 2 * SOFTCAP * torch.sigmoid(logits.float() * (2 / SOFTCAP)) - SOFTCAP
 
 
-def softcap_loss(logits, targets):
-    """Return the summed cross-entropy of softcap(logits) (N, V), in nats, and its gradient."""
-    # SOFTCAP bounds the exponentials: no maximum is needed. On AMD Zen 5 torch.tanh is slower
-    tanh = 1 - 2 / (1 + (logits.float() * (2 / SOFTCAP)).exp())
-    exp = (SOFTCAP * tanh).exp()
-    exp_sum = exp.sum(dim=-1, keepdim=True)
-    hit = torch.arange(logits.size(-1), device=logits.device) == targets[:, None]
-    grad = (exp / exp_sum - hit.float()) * (1 - tanh.square())
-    loss = exp_sum.log() - softcap(logits.gather(1, targets[:, None]))
-    return loss.sum(), grad.to(logits.dtype)
+def head_loss(x, weight, targets):
+    """Return the summed cross-entropy in nats of x (N, C) through lm_head's weight (V, C)."""
+    logits = softcap(F.linear(x, weight))
+    log_sum = logits.exp().sum(dim=-1).log()  # SOFTCAP bounds it: no maximum is needed
+    return (log_sum - logits.gather(1, targets[:, None])[:, 0]).sum()
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of loss(x @ weight.T, targets), its gradients computed on the way.
+class SlicedLoss(torch.autograd.Function):
+    """Mean of a loss that is a sum over tokens, its gradients computed on the way.
 
-    x (N, C), weight (V, C), targets (N,). The logits are by far the largest tensor of a batch, so
-    they are made, used and dropped a slice of tokens at a time (Wijmans et al., arXiv 2411.09009).
+    loss_and_grads: torch.func.grad_and_value of head_loss, or of what takes its place. The logits
+    are by far the largest tensor of a batch, so they are made, used and dropped a slice of tokens
+    at a time (Wijmans et al., arXiv 2411.09009).
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, loss):
+    def forward(ctx, x, weight, targets, loss_and_grads):
         w, sums, dx, dw = weight.to(x.dtype), [], [], torch.zeros_like(weight, dtype=torch.float)
         for x_slice, target in zip(x.split(LOSS_SLICE), targets.split(LOSS_SLICE), strict=True):
-            loss_sum, grad = loss(F.linear(x_slice, w), target)
+            (dx_slice, dw_slice), loss_sum = loss_and_grads(x_slice, w, target)
             sums.append(loss_sum)
-            dx.append(grad @ w)
-            dw += grad.T @ x_slice
+            dx.append(dx_slice)
+            dw += dw_slice
         ctx.save_for_backward(torch.cat(dx), dw)
         ctx.num_tokens = len(targets)
         return torch.stack(sums).sum() / ctx.num_tokens
@@ -256,82 +266,71 @@ class GPT(nn.Module):
         self, vocab_size, seq_len, depth, model_dim, n_head, n_kv_head, backend, dtype, device
     ):
         super().__init__()
-        self.loss = softcap_loss
+        self.loss = torch.func.grad_and_value(head_loss, argnums=(0, 1))  # of x and the weight
         self.dtype, self.windows = dtype, layer_windows(WINDOW_PATTERN, depth, seq_len)
         table_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        embedded = range((depth - 1) % 2, depth, 2)  # every second layer, the last one included
+        attends = {w: make_attention(backend, seq_len, w, device) for w in set(self.windows)}
         with device:
-            self.wte = nn.Embedding(vocab_size, model_dim, dtype=table_dtype)
-            kv_dim = model_dim // n_head * n_kv_head
-            self.value_embeds = nn.ModuleDict()
-            for i in range((depth - 1) % 2, depth, 2):  # every second layer, the last one included
-                self.value_embeds[str(i)] = nn.Embedding(vocab_size, kv_dim, dtype=table_dtype)
-            attends = {w: make_attention(backend, seq_len, w, device) for w in set(self.windows)}
+            self.wte = nn.Embedding(vocab_size, model_dim, dtype=table_dtype)  # drawn from N(0, 1)
+            self.lm_head = Linear(model_dim, vocab_size, std=0)
+            nn.init.normal_(self.lm_head.weight, std=0.001)
             self.blocks = nn.ModuleList(
-                Block(model_dim, n_head, n_kv_head, str(i) in self.value_embeds, attends[window])
+                Block(model_dim, n_head, n_kv_head, i in embedded, attends[window])
                 for i, window in enumerate(self.windows)
             )
-            self.lm_head = Linear(model_dim, vocab_size, bias=False)
-            self.resid_lambdas = nn.Parameter(torch.empty(depth))
-            self.x0_lambdas = nn.Parameter(torch.empty(depth))
-            cos, sin = rotary_tables(seq_len, model_dim // n_head, device)
-        self.register_buffer("cos", cos.to(dtype), persistent=False)
-        self.register_buffer("sin", sin.to(dtype), persistent=False)
-
-    @torch.no_grad()
-    def init_weights(self):
-        """Initialise every parameter from torch's global generator."""
-        nn.init.normal_(self.wte.weight, std=1.0)
-        nn.init.normal_(self.lm_head.weight, std=0.001)
-        nn.init.constant_(self.resid_lambdas, 1.0)
-        nn.init.constant_(self.x0_lambdas, 0.1)
-        bound = math.sqrt(3 / self.wte.embedding_dim)  # a uniform law of std model_dim ** -0.5
-        for block in self.blocks:
-            attn = block.attn
-            for layer in (attn.c_q, attn.c_k, attn.c_v, block.mlp.c_fc):
-                nn.init.uniform_(layer.weight, -bound, bound)
-            for layer in filter(None, (attn.c_proj, block.mlp.c_proj, attn.gate)):
-                nn.init.zeros_(layer.weight)
-        for table in self.value_embeds.values():
-            nn.init.uniform_(table.weight, -bound, bound)
+            self.value_embeds = nn.ModuleDict()
+            bound, kv_dim = math.sqrt(3 / model_dim), model_dim // n_head * n_kv_head
+            for i in embedded:
+                table = torch.empty(vocab_size, kv_dim, dtype=table_dtype).uniform_(-bound, bound)
+                self.value_embeds[str(i)] = nn.Embedding.from_pretrained(table, freeze=False)
+        rotary = rotary_tables(seq_len, model_dim // n_head, device).to(dtype)
+        self.register_buffer("rotary", rotary, persistent=False)
 
     def forward(self, idx, targets=None):
         """Return logits (B, T, V), or with targets (B, T) the mean cross-entropy in nats."""
         x = norm(self.wte(idx).to(self.dtype))
         x0 = x.view_as(x)  # no second name of x: a block compiled for that would fit no other
+        rotary = self.rotary[:, : idx.size(1)]
+        embeds = {i: table(idx).to(x.dtype) for i, table in self.value_embeds.items()}
         for i, block in enumerate(self.blocks):
-            has_embed = str(i) in self.value_embeds
-            embed = self.value_embeds[str(i)](idx).to(x.dtype) if has_embed else None
-            lambdas = self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype)
-            x = block.first_half(x, x0, *lambdas, embed, self.cos, self.sin)
-            x = block.second_half(x)
+            x = block(x, x0, embeds.get(str(i)), rotary)
         x = norm(x)
         if targets is None:
             return softcap(self.lm_head(x))
-        x, targets = x.flatten(0, 1), targets.flatten()
-        return LinearCrossEntropy.apply(x, self.lm_head.weight, targets, self.loss)
+        return SlicedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.loss)
+
+    def params_by_kind(self):
+        """Return {kind: parameters}: the kind is a name in the path, or follows from the shape."""
+        kinds = ("wte", "value_embeds", "lm_head", "x0_lambda", "vectors", "matrices")
+        params = {kind: [] for kind in kinds}
+        for name, p in self.named_parameters():
+            is_table = isinstance(self.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+            shape = "vectors" if p.ndim < 2 else "matrices"  # vectors: scalars, too
+            kind = next((part for part in name.split(".") if part in kinds), shape)
+            if kind == "matrices" and (is_table or not name.startswith("blocks.")):
+                sys.exit(f"train.py: no optimizer for {name}: give it a kind in params_by_kind")
+            params[kind].append(p)
+        return params
 
     def num_params(self):
         """Return the number of parameters by kind."""
-        kinds = ("wte", "value_embeds", "blocks", "lm_head")
-        num = {kind: sum(p.numel() for p in getattr(self, kind).parameters()) for kind in kinds}
-        return num | {"scalars": self.resid_lambdas.numel() + self.x0_lambdas.numel()}
+        return {kind: sum(p.numel() for p in ps) for kind, ps in self.params_by_kind().items()}
 
     def flops_per_token(self):
         """Return training FLOPs a token: 6 a matrix weight, 12 C a token attended to.
 
-        Convention of Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B: a causal mask is not
-        counted as a saving; a window is.
+        As in Chowdhery et al., "PaLM", arXiv 2204.02311: a window is a saving, a causal mask none.
         """
-        num_params = self.num_params()
-        attended = sum(min(window, self.cos.size(0)) for window in self.windows)
-        matrices = num_params["blocks"] + num_params["lm_head"]
+        attended = sum(min(window, self.rotary.size(1)) for window in self.windows)
+        matrices = self.num_params()["matrices"] + self.lm_head.weight.numel()
         return 6 * matrices + 12 * self.wte.embedding_dim * attended
 
 
 def layer_windows(pattern, depth, seq_len):
-    """Return the window of every layer, in tokens: S a share of the context, L all, the last L."""
+    """Return each layer's window in tokens: S a share of the context, L all; see WINDOW_PATTERN."""
     sizes = {"S": int(seq_len * SHORT_WINDOW), "L": seq_len}
-    return [sizes[pattern[i % len(pattern)]] for i in range(depth - 1)] + [seq_len]
+    return [sizes[letter] for letter in (pattern * depth)[: depth - 1] + pattern[-1]]
 
 
 # --- Optimizer ------------------------------------------------------------------------------------
@@ -381,7 +380,7 @@ def muon_update(params, grads, momentum_buffer, second_moment, lr, momentum, wei
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices, all of one shape in one stacked update; see muon_update."""
+    """Muon for (stacks of) matrices, all of one shape in one stacked update; see muon_update."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, beta2=0.95, compiled=False):
         shapes = {}
@@ -397,37 +396,34 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params = group["params"]
             state = self.state[params[0]]  # of the whole stack
-            stack = torch.stack([p.data for p in params])
+            stack = torch.stack([p.data for p in params]).flatten(0, -3)
             n, r, c = stack.shape
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(stack)
                 state["second_moment"] = stack.new_zeros((n, r, 1) if r >= c else (n, 1, c))
             values = torch.tensor([group[key] for key in ("lr", "momentum", "weight_decay")])
             values = values.to(stack.device, non_blocking=ON_CUDA).unbind(0)
-            grads = torch.stack([p.grad for p in params])
+            grads = torch.stack([p.grad for p in params]).flatten(0, -3)
             self.update(stack, grads, *state.values(), *values, group["beta2"])
-            torch._foreach_copy_(params, list(stack.unbind(0)))
+            torch._foreach_copy_(params, list(stack.view(-1, *params[0].shape).unbind(0)))
 
 
 def make_optimizers(model, compiled=False):
-    """Return [AdamW, Muon]; check that every parameter of the model is in exactly one group."""
-    scale = (model.wte.embedding_dim / 768) ** -0.5
-    groups = [
-        {"params": list(model.lm_head.parameters()), "lr": UNEMBEDDING_LR * scale},
-        {"params": list(model.wte.parameters()), "lr": EMBEDDING_LR * scale},
-        {"params": list(model.value_embeds.parameters()), "lr": EMBEDDING_LR * scale},
-        {"params": [model.resid_lambdas], "lr": SCALAR_LR / 100},
-        {"params": [model.x0_lambdas], "lr": SCALAR_LR, "betas": (0.96, 0.95)},
-    ]
+    """Return [AdamW, Muon]; every kind of parameter must have its settings here."""
+    kinds, scale = model.params_by_kind(), (model.wte.embedding_dim / 768) ** -0.5
+    muon = Muon(kinds.pop("matrices"), MATRIX_LR, weight_decay=WEIGHT_DECAY, compiled=compiled)
+    settings = {
+        "wte": {"lr": EMBEDDING_LR * scale},
+        "value_embeds": {"lr": EMBEDDING_LR * scale},
+        "lm_head": {"lr": UNEMBEDDING_LR * scale},
+        "x0_lambda": {"lr": SCALAR_LR, "betas": (0.96, 0.95)},
+        "vectors": {"lr": SCALAR_LR / 100},
+    }
+    groups = [{"params": params, **settings[kind]} for kind, params in kinds.items()]
     adamw = torch.optim.AdamW(groups, betas=ADAM_BETAS, eps=1e-10, weight_decay=0.0, fused=True)
-    muon = Muon(model.blocks.parameters(), MATRIX_LR, weight_decay=WEIGHT_DECAY, compiled=compiled)
-    optimizers = [adamw, muon]
-    grouped = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    if sorted(map(id, grouped)) != sorted(map(id, model.parameters())):
-        raise ValueError("every parameter must be in exactly one optimizer group")
-    for g in (g for o in optimizers for g in o.param_groups):
-        g["initial_lr"] = g["lr"]
-    return optimizers
+    for group in adamw.param_groups + muon.param_groups:
+        group["initial_lr"] = group["lr"]
+    return [adamw, muon]
 
 
 # --- Schedules ------------------------------------------------------------------------------------
@@ -492,6 +488,7 @@ def tune_cpu():
     # Attention as matrix products and a softmax took two thirds of the flash kernel's time
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # CUDA is not missed
     # Handing every large tensor back to the kernel costs a page fault for each of its pages
     libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4  # of malloc.h
     if hasattr(libc, "mallopt"):
@@ -500,13 +497,13 @@ def tune_cpu():
 
 
 def compile_model(model, device):
-    """Return the model compiled: whole for a GPU; for a CPU by half blocks, which share code."""
+    """Return the model compiled: whole for a GPU; for a CPU by blocks, which share code."""
     if device.type == "cuda":
         return torch.compile(model, dynamic=False)
     # Not tested, to save seconds: that the C++ compiler knows the CPU's vector instructions
     jit = functools.partial(torch.compile, dynamic=False, options={"cpp.vec_isa_ok": True})
     for block in model.blocks:
-        block.first_half, block.second_half = jit(block.first_half), jit(block.second_half)
+        block.forward = jit(block.forward)
     model.loss = jit(model.loss)
     model.forward = torch.enable_grad()(model.forward)  # in evaluation, too, or that code won't fit
     return model
@@ -518,34 +515,35 @@ def main():
     if device.type == "cpu":
         tune_cpu()
     tokenizer = prepare.Tokenizer.from_directory()
-    vocab_size, seq_len = tokenizer.vocab_size, prepare.MAX_SEQ_LEN
+    vocab_size, context = tokenizer.vocab_size, prepare.MAX_SEQ_LEN
+    seq_len = context  # of a training row; evaluation has all of it
     dtype, backend = choose_dtype(device), choose_attention(device)
     use_compile = device.type != "mps"
     # A CPU evaluates with what it trained with: compiling anew would take longer than it saves
     eval_stance = "eager_on_recompile" if device.type == "cpu" else "default"
     n_head = math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)
-    rows, model_dim = DEVICE_BATCH_SIZE, n_head * HEAD_DIM
+    model_dim, rows = n_head * HEAD_DIM, DEVICE_BATCH_SIZE
+    rows_a_step = max(1, TOTAL_BATCH_SIZE // seq_len)
     print(f"device: {device_name}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}")
-    print(f"corpus: {prepare.CORPUS}, seed {prepare.SEED}, {vocab_size} tokens, context {seq_len}")
+    print(f"corpus: {prepare.CORPUS}, seed {prepare.SEED}, {vocab_size} tokens, context {context}")
 
     # Warm-up on made-up tokens, before the clock: all that can fail or must be compiled is tried
     while True:
-        if TOTAL_BATCH_SIZE % (rows * seq_len):
-            sys.exit(f"train.py: TOTAL_BATCH_SIZE must be a multiple of {rows} rows of {seq_len}")
+        rows = next(r for r in range(min(rows, rows_a_step), 0, -1) if rows_a_step % r == 0)
         try:
             loader = prepare.make_dataloader(tokenizer, rows, seq_len, "train", device)
-            args = (vocab_size, seq_len, DEPTH, model_dim, n_head, n_head, backend, dtype, device)
+            args = (vocab_size, context, DEPTH, model_dim, n_head, n_head, backend, dtype, device)
             model = GPT(*args)
-            model.init_weights()
             forward = compile_model(model, device) if use_compile else model
             optimizers = make_optimizers(model, use_compile and ON_CUDA)
-            inputs, targets = torch.randint(vocab_size, (2, rows, seq_len), device=device).unbind(0)
+            inputs = torch.randint(vocab_size, (rows, context), device=device)
+            row = inputs[:, :seq_len].contiguous()
             for _ in range(2):  # the second time with gradients and optimizer state in memory
-                forward(inputs, targets).backward()
+                forward(row, row).backward()
                 for optimizer in optimizers:
                     optimizer.step()
             with torch.compiler.set_stance(eval_stance):
-                prepare.score_batch(forward.eval(), inputs, targets, vocab_size)
+                prepare.score_batch(forward.eval(), inputs, inputs, vocab_size)
             forward.train()
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
@@ -563,14 +561,14 @@ def main():
                 raise
             print(f"torch.compile failed, running eagerly: {first_line(error)}")
             use_compile, backend = False, "sdpa"  # what cannot fail where eager attention can run
-        model = forward = optimizers = optimizer = inputs = targets = None
+        model = forward = optimizers = optimizer = inputs = row = None
         torch.compiler.reset()
         if ON_CUDA:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-    grad_accum_steps = TOTAL_BATCH_SIZE // (rows * seq_len)
+    grad_accum_steps = rows_a_step // rows
     torch.manual_seed(prepare.SEED)
-    model.init_weights()
+    model.load_state_dict(GPT(*args).state_dict())  # what warm-up has learned is forgotten
     flops_per_token, num_params = model.flops_per_token(), model.num_params()
     print(f"attention: {backend}, compile: {'yes' if use_compile else 'no'}")
     print(f"parameters: {sum(num_params.values()):,} {num_params}")
@@ -578,14 +576,15 @@ def main():
 
     # Training
     loss_sum, smooth_loss = torch.zeros((), device=device), torch.zeros((), device=device)
-    step, shown_step, shown_at, peak = 0, 0, 0.0, peak_flops(device_name)
-    terminal = sys.stdout.isatty()
+    step, passes, total_tokens, shown_step, shown_tokens, shown_at = 0, 0, 0, 0, 0, 0.0
+    terminal, peak = sys.stdout.isatty(), peak_flops(device_name)
     interval = 0.5 if terminal else prepare.TIME_BUDGET / 90  # seconds between reports
-    for micro_step, (inputs, targets) in enumerate(loader, 1):
+    for inputs, targets in loader:
         loss = forward(inputs, targets)
         (loss / grad_accum_steps).backward()
         loss_sum += loss.detach() / grad_accum_steps
-        if micro_step % grad_accum_steps:
+        passes += 1
+        if passes < grad_accum_steps:
             continue
         progress = loader.progress
         for optimizer in optimizers:
@@ -596,7 +595,7 @@ def main():
                     group["weight_decay"] = muon_weight_decay(progress)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        step += 1
+        step, passes, total_tokens = step + 1, 0, total_tokens + passes * inputs.numel()
         smooth_loss.lerp_(loss_sum, max(0.1, 1 / step))
         loss_sum.zero_()
 
@@ -606,17 +605,18 @@ def main():
             if not math.isfinite(train_loss):
                 sys.exit(f"train.py: the loss is not finite at step {step}")
         if due:
-            seconds_a_step = (loader.elapsed - shown_at) / (step - shown_step)
-            tokens_a_second = TOTAL_BATCH_SIZE / seconds_a_step
+            seconds = loader.elapsed - shown_at
+            tokens_a_second = (total_tokens - shown_tokens) / seconds
             line = (
                 f"step {step:5d} ({loader.progress:6.1%}) | loss {train_loss:.4f} | "
-                f"lr x{lr_multiplier(progress):.2f} | {1000 * seconds_a_step:.0f} ms/step | "
+                f"lr x{lr_multiplier(progress):.2f} | "
+                f"{1000 * seconds / (step - shown_step):.0f} ms/step | "
                 f"{tokens_a_second:,.0f} tok/s | "
                 f"mfu {100 * tokens_a_second * flops_per_token / peak:.1f}% | "
                 f"epoch {loader.epoch} | {max(prepare.TIME_BUDGET - loader.elapsed, 0):.0f} s left"
             )
             print(f"\r{line}" if terminal else line, end="" if terminal else "\n", flush=True)
-            shown_step, shown_at = step, loader.elapsed
+            shown_step, shown_tokens, shown_at = step, total_tokens, loader.elapsed
     print(end="\n" if terminal else "")
     if step == 0 or not math.isfinite(smooth_loss.item()):
         sys.exit(f"train.py: {'the loss is not finite' if step else 'no step was finished'}")
@@ -630,7 +630,6 @@ def main():
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     peak_bytes = torch.cuda.max_memory_allocated() if ON_CUDA else rss
-    total_tokens = step * TOTAL_BATCH_SIZE
     summary = {
         f"{prepare.EVAL_SPLIT}_bpb": f"{bpb:.6f}",
         "training_seconds": f"{training_seconds:.1f}",

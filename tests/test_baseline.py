@@ -3,6 +3,7 @@
 What is true of any train.py stands in test_train.py. Tests marked `gpu` need a CUDA device.
 """
 
+import functools
 import importlib.util
 import itertools
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import prepare
 import train
@@ -23,7 +25,7 @@ NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devi
 
 
 def build(model_dim=32, n_head=2, n_kv_head=2, depth=2, vocab_size=61, seq_len=24, **more):
-    """Build a GPT, its weights not yet initialised."""
+    """Build a GPT of a small size."""
     kind = {"backend": "sdpa", "dtype": torch.float32, "device": CPU} | more
     return train.GPT(vocab_size, seq_len, depth, model_dim, n_head, n_kv_head, **kind)
 
@@ -79,11 +81,10 @@ def test_cuda_constants_are_the_published_baseline(monkeypatch):
     assert {name: getattr(shipped, name) for name in published} == published
 
 
-def test_batch_sizes_divide(monkeypatch):
+def test_shipped_batch_sizes_divide(monkeypatch):
     for on_cuda in (True, False):
         shipped = constants(on_cuda, monkeypatch)
         rows = shipped.DEVICE_BATCH_SIZE
-        assert rows & (rows - 1) == 0, "halving must end at one row"
         assert shipped.TOTAL_BATCH_SIZE % (rows * prepare.SHIPPED["MAX_SEQ_LEN"]) == 0
 
 
@@ -148,6 +149,16 @@ def test_flex_equals_the_loop(T, window, H, H_kv):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("T", [1, 7, 24, 40, 48])
+@pytest.mark.parametrize("window", [8, 48])
+def test_attention_of_any_length_up_to_the_context(backend, T, window):
+    q, k, v = (x.detach() for x in draw_qkv(T, 2, 1, dtype=torch.float32))
+    y = train.make_attention(backend, 48, window, CPU)(q, k, v)
+    torch.testing.assert_close(y, loop_attention(q, k, v, window), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
 @pytest.mark.parametrize("window", [0, 3, 11, 12])
 def test_query_sees_itself_and_the_window_before_it(backend, window):
     T, cut = 12, 4
@@ -171,8 +182,10 @@ def test_layer_windows(monkeypatch):
     monkeypatch.setattr(train, "SHORT_WINDOW", 1 / 2)
     assert train.layer_windows("SSSL", 8, 2048) == [1024, 1024, 1024, 2048] * 2
     assert train.layer_windows("SSSL", 6, 512) == [256, 256, 256, 512, 256, 512]  # the last is L
-    assert train.layer_windows("S", 1, 512) == [512]
+    assert train.layer_windows("SL", 1, 512) == [512]
     assert train.layer_windows("L", 3, 100) == [100, 100, 100]
+    assert train.layer_windows("S", 3, 512) == [256, 256, 256]
+    assert train.layer_windows("LS", 4, 512) == [512, 256, 512, 256]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -182,7 +195,7 @@ def test_layer_windows(monkeypatch):
 def test_rotary_is_a_complex_rotation():
     T, D = 300, 16
     x = torch.randn(2, T, 3, D, generator=torch.Generator().manual_seed(0))
-    y = train.apply_rotary(x, *train.rotary_tables(T, D, CPU)).double()
+    y = train.apply_rotary(x, train.rotary_tables(T, D, CPU)).double()
     inverse = 10_000.0 ** (-torch.arange(D // 2, dtype=torch.float64) * 2 / D)
     angle = torch.arange(T, dtype=torch.float64)[:, None] * inverse  # (T, D / 2)
     turn = torch.polar(torch.ones_like(angle), -angle)[:, None]
@@ -193,8 +206,8 @@ def test_rotary_is_a_complex_rotation():
 def test_rotary_scores_depend_on_distance_alone():
     T, D = 64, 32
     q, k = torch.randn(2, 1, 1, 1, D, generator=torch.Generator().manual_seed(0)).double()
-    cos, sin = (table.double() for table in train.rotary_tables(T, D, CPU))
-    q, k = (train.apply_rotary(x.expand(1, T, 1, D), cos, sin)[0, :, 0] for x in (q, k))
+    rotary = train.rotary_tables(T, D, CPU).double()
+    q, k = (train.apply_rotary(x.expand(1, T, 1, D), rotary)[0, :, 0] for x in (q, k))
     scores = q @ k.T
     for distance in (0, 1, 17, -5):
         diagonal = scores.diagonal(distance)
@@ -220,8 +233,8 @@ def reference_logits(model, idx, n_head, n_kv_head, windows):
 
     x = x0 = norm(w["wte.weight"][idx])
     for i, window in enumerate(windows):
-        x = w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * x0
         p = f"blocks.{i}."
+        x = w[f"{p}resid_lambda"] * x + w[f"{p}x0_lambda"] * x0
         h = norm(x)
         q, k, v = ((h @ w[f"{p}attn.{name}.weight"].T) for name in ("c_q", "c_k", "c_v"))
         q, k, v = (y.view(*idx.shape, -1, D) for y in (q, k, v))
@@ -282,6 +295,12 @@ def test_model_is_causal_and_logits_are_capped_float32():
         assert not moved[: cut + 1].any() and moved[cut + 1 :].all()
 
 
+def test_prefix_has_the_logits_of_the_whole():
+    model, idx = shake(build()), tokens(2, 24)
+    for T in (1, 9, 12):
+        torch.testing.assert_close(model(idx[:, :T]), model(idx)[:, :T], rtol=0, atol=1e-4)
+
+
 def test_rows_do_not_depend_on_the_rest_of_the_batch():
     model = shake(build())
     idx = tokens(5, 24)
@@ -304,13 +323,8 @@ def test_parameters_and_flops_of_the_cuda_defaults_by_hand(monkeypatch):
     table = 8192 * 512
     gates = 4 * 4 * 32
     blocks = 8 * (4 * 512**2 + 2 * 4 * 512**2) + gates
-    parts = {
-        "wte": table,
-        "value_embeds": 4 * table,
-        "blocks": blocks,
-        "lm_head": table,
-        "scalars": 16,
-    }
+    parts = {"wte": table, "value_embeds": 4 * table, "lm_head": table}
+    parts |= {"x0_lambda": 8, "vectors": 8, "matrices": blocks}
     assert model.num_params() == parts
     total = sum(p.numel() for p in model.parameters())
     assert sum(parts.values()) == total == 50_332_176
@@ -327,7 +341,6 @@ def test_published_mfu_follows_from_the_flops():
 def test_initial_weights():
     torch.manual_seed(0)
     model = build(256, 2, 2, depth=2, vocab_size=2000)
-    model.init_weights()
     for weight, std in ((model.wte.weight, 1.0), (model.lm_head.weight, 0.001)):
         assert abs(weight.mean()) < 0.01 * std
         assert weight.std().item() == pytest.approx(std, rel=0.01)
@@ -344,28 +357,25 @@ def test_initial_weights():
         assert 0.999 * bound < weight.abs().max() <= bound
         assert weight.std().item() == pytest.approx(256**-0.5, rel=0.01)
     assert not torch.equal(uniform[1], uniform[2])
-    assert torch.equal(model.resid_lambdas, torch.ones(2))
-    assert torch.equal(model.x0_lambdas, torch.full((2,), 0.1))
+    for block in model.blocks:
+        assert block.resid_lambda == 1 and block.x0_lambda == torch.tensor(0.1)
 
 
 def test_first_logits_are_nearly_uniform():
     torch.manual_seed(0)
     model = build(256, 2, 2, vocab_size=1000)
-    model.init_weights()
     idx, targets = tokens(4, 24, vocab_size=1000), tokens(4, 24, vocab_size=1000, seed=1)
     assert model(idx, targets).item() == pytest.approx(math.log(1000), abs=0.01)
 
 
 def test_seed_decides_the_weights():
     def weights(seed):
-        model = build()
         torch.manual_seed(seed)
-        model.init_weights()
-        return [p.detach().clone() for p in model.parameters()]
+        return [p.detach() for p in build().parameters()]
 
     a, b, c = weights(42), weights(42), weights(43)
     assert all(map(torch.equal, a, b))
-    assert not any(torch.equal(x, y) for x, y in zip(a, c, strict=True) if x.std() > 0)
+    assert not any(torch.equal(x, y) for x, y in zip(a, c, strict=True) if x.ndim and x.std() > 0)
 
 
 def test_accumulated_gradients_equal_one_large_batch():
@@ -393,12 +403,33 @@ def give_gradients(model, seed):
 
 def test_every_parameter_is_in_exactly_one_group():
     model = build(depth=3)
-    groups = [g for o in train.make_optimizers(model) for g in o.param_groups]
-    grouped = [id(p) for g in groups for p in g["params"]]
+    model.blocks[0].gain = torch.nn.Parameter(torch.ones(32))
+    model.shift = torch.nn.Parameter(torch.zeros(3))
+    adamw, muon = train.make_optimizers(model)
+    grouped = [id(p) for o in (adamw, muon) for g in o.param_groups for p in g["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
-    model.extra = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(ValueError, match="exactly one"):
+    (vectors,) = (g for g in adamw.param_groups if g["lr"] == train.SCALAR_LR / 100)
+    assert {id(model.shift), id(model.blocks[0].gain)} < {id(p) for p in vectors["params"]}
+
+
+@pytest.mark.parametrize("place", ["extra", "blocks.1.extra"])
+def test_parameter_without_a_place_is_named(place):
+    model = build()
+    table = torch.nn.Embedding(5, 32)  # a table is no matrix for Muon, in a block neither
+    model.get_submodule(place.rpartition(".")[0]).add_module("extra", table)
+    with pytest.raises(SystemExit, match=f"{place}.weight"):
         train.make_optimizers(model)
+    with pytest.raises(SystemExit, match=f"{place}.weight"):
+        model.num_params()
+
+
+def test_tied_embeddings_are_counted_once_and_work_twice():
+    model = build()
+    apart, flops = sum(model.num_params().values()), model.flops_per_token()
+    model.lm_head.weight = model.wte.weight
+    assert sum(model.num_params().values()) == apart - 61 * 32
+    assert model.flops_per_token() == flops
+    train.make_optimizers(model)
 
 
 def test_rates_and_betas_of_every_group_by_hand(monkeypatch):
@@ -419,16 +450,17 @@ def test_rates_and_betas_of_every_group_by_hand(monkeypatch):
         "wte.weight": (1.2, (0.8, 0.95)),
         "value_embeds.0.weight": (1.2, (0.8, 0.95)),
         "value_embeds.2.weight": (1.2, (0.8, 0.95)),
-        "resid_lambdas": (0.005, (0.8, 0.95)),
-        "x0_lambdas": (0.5, (0.96, 0.95)),
     }
+    for i in range(3):
+        expected[f"blocks.{i}.resid_lambda"] = (0.005, (0.8, 0.95))
+        expected[f"blocks.{i}.x0_lambda"] = (0.5, (0.96, 0.95))
     assert len(adamw.param_groups) == 5 and len(by_parameter) == len(expected)
     for name, (lr, betas) in expected.items():
         group = by_parameter[id(model.get_parameter(name))]
         assert group["lr"] == group["initial_lr"] == pytest.approx(lr)
         assert tuple(group["betas"]) == betas
         assert group["eps"] == 1e-10 and group["weight_decay"] == 0
-    matrices = {id(p) for p in model.blocks.parameters()}
+    matrices = {id(p) for p in model.blocks.parameters() if p.ndim == 2}
     assert {id(p) for g in muon.param_groups for p in g["params"]} == matrices
     for group in muon.param_groups:
         assert group["lr"] == group["initial_lr"] == 0.04
@@ -445,14 +477,14 @@ def test_adamw_is_the_textbook_formula(table_dtype):
     adamw, _ = train.make_optimizers(model)
     lr, betas = {}, {}
     for name, _ in model.named_parameters():
-        kind = name.split(".")[0]
+        kind = name.removesuffix(".weight").split(".")[-1]
         lr[name] = {
             "lm_head": 2 * train.UNEMBEDDING_LR,
-            "resid_lambdas": train.SCALAR_LR / 100,
-            "x0_lambdas": train.SCALAR_LR,
+            "resid_lambda": train.SCALAR_LR / 100,
+            "x0_lambda": train.SCALAR_LR,
         }.get(kind, 2 * train.EMBEDDING_LR)
-        betas[name] = (0.96, 0.95) if kind == "x0_lambdas" else train.ADAM_BETAS
-    names = [name for name, _ in model.named_parameters() if not name.startswith("blocks")]
+        betas[name] = (0.96, 0.95) if kind == "x0_lambda" else train.ADAM_BETAS
+    names = [n for n, p in model.named_parameters() if "blocks" not in n or p.ndim == 0]
     expected = {name: model.get_parameter(name).detach().double() for name in names}
     m = {name: torch.zeros_like(p) for name, p in expected.items()}
     v = {name: torch.zeros_like(p) for name, p in expected.items()}
@@ -596,9 +628,17 @@ def test_muon_stacked_by_shape_equals_one_by_one():
         torch.testing.assert_close(ours, alone, rtol=1e-2, atol=1e-3)
 
 
+def test_muon_takes_stacks_of_matrices():
+    """As experts in one tensor are: each is updated as if it stood alone."""
+    weight, grads = randn(3, 32, 16), [[randn(3, 32, 16, seed=s)] for s in range(1, 4)]
+    (together,) = run_muon([weight], grads, weight_decay=0.1)
+    for i in range(3):
+        (alone,) = run_muon([weight[i]], [[g[i]] for (g,) in grads], weight_decay=0.1)
+        torch.testing.assert_close(together[i], alone, rtol=1e-2, atol=1e-3)
+
+
 def test_optimizers_survive_gradients_of_zero():
     model = build()
-    model.init_weights()
     optimizers = train.make_optimizers(model)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -670,9 +710,8 @@ def test_peak_of_known_devices_only():
 def overfit(steps, device=CPU, dtype=torch.float32, model_dim=64):
     """Train a tiny GPT on one batch with the shipped optimizers and schedule; return the losses."""
     shape = {"model_dim": model_dim, "depth": 2, "seq_len": 32, "vocab_size": 64}
-    model = build(**shape, device=device, dtype=dtype)
     torch.manual_seed(0)
-    model.init_weights()
+    model = build(**shape, device=device, dtype=dtype)
     optimizers = train.make_optimizers(model)
     idx = tokens(4, 33, vocab_size=64).to(device)
     losses = []
@@ -692,6 +731,96 @@ def test_tiny_model_learns_a_batch_by_heart():
     losses = overfit(60)
     assert losses[0] == pytest.approx(math.log(64), abs=0.02)
     assert losses[-1] < 0.1
+
+
+# ------------------------------------------------------------------------------------------------
+# The graph that a GPU compiles, captured without one
+
+
+def attention_weights(q, k, left):
+    ahead = torch.arange(q.size(1))[:, None] - torch.arange(q.size(1))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.size(3))
+    return scores.masked_fill((ahead < 0) | (ahead > left), -math.inf).softmax(dim=-1)
+
+
+@torch.library.custom_op("autoresearch::attention", mutates_args=())
+def opaque_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int) -> torch.Tensor:
+    """Stand in for FlashAttention-3: an operator that the compiler cannot look into."""
+    return torch.einsum("bhts,bshd->bthd", attention_weights(q, k, left), v).contiguous()
+
+
+@torch.library.custom_op("autoresearch::attention_backward", mutates_args=())
+def opaque_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, left: int
+) -> list[torch.Tensor]:
+    p = attention_weights(q, k, left)
+    dp = torch.einsum("bthd,bshd->bhts", grad, v)
+    ds = p * (dp - (dp * p).sum(dim=-1, keepdim=True)) / math.sqrt(q.size(3))
+    dq, dk = torch.einsum("bhts,bshd->bthd", ds, k), torch.einsum("bhts,bthd->bshd", ds, q)
+    dv = torch.einsum("bhts,bthd->bshd", p, grad)
+    return [dq.contiguous(), dk.contiguous(), dv.contiguous()]
+
+
+opaque_attention.register_fake(lambda q, k, v, left: torch.empty_like(q))
+opaque_backward.register_fake(lambda grad, q, k, v, left: [torch.empty_like(x) for x in (q, k, v)])
+opaque_attention.register_autograd(
+    lambda ctx, grad: (*opaque_backward(grad, *ctx.saved_tensors, ctx.left), None),
+    setup_context=lambda ctx, inputs, output: (
+        ctx.save_for_backward(*inputs[:3]),
+        setattr(ctx, "left", inputs[3]),
+    ),
+)
+
+
+@pytest.fixture
+def whole_graph(monkeypatch):
+    """Let compile_model() compile as for a GPU, all but the code; a graph break is an error."""
+    torch.compiler.reset()
+    counters.clear()
+    whole = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", whole)
+    monkeypatch.setattr(train, "LOSS_SLICE", 20)
+    yield lambda model: train.compile_model(model, torch.device("cuda"))
+    torch.compiler.reset()
+
+
+def test_model_with_flash_attention_is_one_graph(whole_graph, monkeypatch):
+    def flash(q, k, v, causal, window_size):
+        assert causal and window_size[1] == 0
+        return opaque_attention(q, k, v, window_size[0])
+
+    monkeypatch.setattr(train, "flash_attention_3", lambda: flash)
+    model = shake(build(depth=3, backend="flash-attn3"))
+    plain = shake(build(depth=3))
+    forward = whole_graph(model)
+    for seed in range(3):
+        idx, targets = tokens(3, 24, seed=seed), tokens(3, 24, seed=seed + 9)
+        loss, expected = forward(idx, targets), plain(idx, targets)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+        loss.backward()
+        expected.backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            logits = forward.eval()(idx)
+        torch.testing.assert_close(logits, plain(idx), rtol=1e-5, atol=1e-4)
+        forward.train()
+    assert counters["stats"]["unique_graphs"] == 2, "one to train, one to evaluate"
+    assert not counters["graph_break"]
+
+
+def test_model_with_flex_attention_is_one_graph(whole_graph):
+    """Forward alone: flex_attention has no backward on a CPU."""
+    model, plain = shake(build(depth=3, backend="flex")), shake(build(depth=3))
+    forward = whole_graph(model.eval())
+    with torch.no_grad():
+        for T, num_graphs in ((24, 1), (24, 1), (12, 2)):
+            idx, targets = tokens(3, T), tokens(3, T, seed=1)
+            torch.testing.assert_close(forward(idx), plain(idx), rtol=1e-5, atol=1e-4)
+            assert counters["stats"]["unique_graphs"] == num_graphs
+        loss = forward(idx, targets)
+        torch.testing.assert_close(loss, plain(idx, targets), rtol=1e-5, atol=1e-5)
+    assert not counters["graph_break"]
 
 
 # ------------------------------------------------------------------------------------------------
