@@ -221,7 +221,6 @@ class Block(nn.Module):
 
 def softcap(logits):
     """Return SOFTCAP * tanh(logits / SOFTCAP) in float32 (Gemma 2, arXiv 2408.00118)."""
-    # On AMD Zen 5 torch.tanh is slower
     return 2 * SOFTCAP * torch.sigmoid(logits.float() * (2 / SOFTCAP)) - SOFTCAP
 
 
@@ -488,7 +487,8 @@ def tune_cpu():
     # Attention as matrix products and a softmax took two thirds of the flash kernel's time
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # CUDA is not missed
+    for library in ("torch.utils.cpp_extension", "torch._inductor.scheduler"):
+        logging.getLogger(library).setLevel(logging.CRITICAL + 1)  # no CUDA, no compiler: we know
     # Handing every large tensor back to the kernel costs a page fault for each of its pages
     libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4  # of malloc.h
     if hasattr(libc, "mallopt"):
@@ -518,10 +518,9 @@ def main():
     vocab_size, context = tokenizer.vocab_size, prepare.MAX_SEQ_LEN
     seq_len = context  # of a training row; evaluation has all of it
     dtype, backend = choose_dtype(device), choose_attention(device)
-    use_compile = device.type != "mps"
     # A CPU evaluates with what it trained with: compiling anew would take longer than it saves
     eval_stance = "eager_on_recompile" if device.type == "cpu" else "default"
-    n_head = math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)
+    use_compile, n_head = device.type != "mps", math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)
     model_dim, rows = n_head * HEAD_DIM, DEVICE_BATCH_SIZE
     rows_a_step = max(1, TOTAL_BATCH_SIZE // seq_len)
     print(f"device: {device_name}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}")
@@ -606,13 +605,12 @@ def main():
                 sys.exit(f"train.py: the loss is not finite at step {step}")
         if due:
             seconds = loader.elapsed - shown_at
-            tokens_a_second = (total_tokens - shown_tokens) / seconds
+            speed = (total_tokens - shown_tokens) / seconds
             line = (
                 f"step {step:5d} ({loader.progress:6.1%}) | loss {train_loss:.4f} | "
                 f"lr x{lr_multiplier(progress):.2f} | "
                 f"{1000 * seconds / (step - shown_step):.0f} ms/step | "
-                f"{tokens_a_second:,.0f} tok/s | "
-                f"mfu {100 * tokens_a_second * flops_per_token / peak:.1f}% | "
+                f"{speed:,.0f} tok/s | mfu {100 * speed * flops_per_token / peak:.1f}% | "
                 f"epoch {loader.epoch} | {max(prepare.TIME_BUDGET - loader.elapsed, 0):.0f} s left"
             )
             print(f"\r{line}" if terminal else line, end="" if terminal else "\n", flush=True)
