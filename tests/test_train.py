@@ -21,6 +21,7 @@ from conftest import PRELOAD
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_SECONDS = 3
+WHOLE_RUN_SECONDS = 15  # of the one run as it stands: three steps on slow processors, too
 SUMMARY = {  # fixed interface: program.md greps it
     "val_bpb": r"\d+\.\d{6}",
     "training_seconds": r"\d+\.\d",
@@ -52,6 +53,7 @@ import torch
 import prepare
 prepare.TIME_BUDGET, prepare.EVAL_TOKENS = {BUDGET_SECONDS}, 2**13
 """
+WHOLE_RUN = f"prepare.TIME_BUDGET = {WHOLE_RUN_SECONDS}\n"
 
 LITTLE_WORK = """
 prepare.EVAL_TOKENS, prepare.PROBE_ROWS = 2**12, 4
@@ -181,7 +183,7 @@ def baseline(prepared_cache, tmp_path_factory):
     """A run of train.py as it stands, compiled, its log redirected: SimpleNamespace."""
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", BEGIN + run_script(ROOT / "train.py")],
+        [sys.executable, "-c", BEGIN + WHOLE_RUN + run_script(ROOT / "train.py")],
         cwd=ROOT,
         env=environment(prepared_cache),
         stdin=subprocess.DEVNULL,
@@ -209,7 +211,8 @@ def test_run_trains_for_its_budget(baseline):
     summary = summary_of(baseline.out)
     step_seconds = max(float(ms) for ms in re.findall(r"(\d+) ms/step", baseline.out)) / 1000
     training = float(summary["training_seconds"])
-    assert BUDGET_SECONDS <= training <= BUDGET_SECONDS + step_seconds + 0.1  # of rounding
+    over = training - WHOLE_RUN_SECONDS
+    assert 0 <= over <= step_seconds + 0.1  # of rounding
     assert training < float(summary["total_seconds"]) <= baseline.seconds + 0.1
 
 
