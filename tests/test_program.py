@@ -525,7 +525,7 @@ def test_simpler_code_is_kept_at_equal_results(agent):
     equal = canvas((0.9980,))
     assert agent.attempt("remove a knob", equal)[1].endswith(": discard\n")
     assert agent.block("Reset")[0] == 0
-    assert agent.attempt("remove a knob", equal, simpler="yes")[1].endswith(": keep\n")
+    assert agent.attempt("remove it again", equal, simpler="yes")[1].endswith(": keep\n")
     # What the next idea is measured against is its parent, and not a better one before it
     assert "gain 0.000100" in agent.attempt("a bit better", canvas((0.9979,)))[1]
 
@@ -1104,8 +1104,4 @@ def test_real_train(prepared_cache, tmp_path):
     assert agent.block("Reset")[0] == 0
     assert agent.head() == base
     assert [row[3] for row in agent.rows()] == ["keep", "crash"]
-    agent.idea("another corpus", text.replace("{prepare.CORPUS}", "climbmix", 1))
-    agent.block("Run")
-    assert "climbmix" in agent.block("Log")[1]
-    assert len(agent.rows()) == 2
     assert agent.git("status", "--porcelain") == ""
