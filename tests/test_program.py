@@ -313,9 +313,17 @@ def untouched(agent):
 def test_a_limit_that_has_passed_starts_nothing(fresh):
     status, out = fresh.block("Start", LIMITS="until 2020-01-02 03:04")
     assert status != 0
-    assert out.count("\n") == 1 and "not started: the limit has passed" in out
+    assert out.count("\n") == 1 and "not started: no time to come" in out
     assert untouched(fresh)
     assert not (fresh.folder / "results.tsv").exists()
+
+
+@pytest.mark.parametrize("limits", ["until 7:00", "until 7 am", "until the morning"])
+def test_a_limit_that_cannot_be_read_starts_nothing(fresh, limits):
+    status, out = fresh.block("Start", LIMITS=limits)
+    assert status != 0
+    assert out == f"not started: no time to come: {limits}\n"
+    assert untouched(fresh)
 
 
 @pytest.mark.parametrize("obstacle", ["results", "edit", "staged", "branch"])
@@ -474,12 +482,50 @@ def test_between_parent_and_idea_run_once_more(agent, again, verdict):
     assert status == 0
     assert out.endswith(f": {verdict}\n")
     assert agent.rows()[3:] == [
-        (agent.short(), "0.997300", "50.0", verdict, "wider"),
         (base, "0.997500", "44.0", "keep", "parent again, seed 43"),
+        (agent.short(), "0.997300", "50.0", verdict, "wider"),
         (agent.short(), f"{again:.6f}", "48.8", verdict, "wider, seed 43"),
     ]
     assert agent.git("status", "--porcelain") == ""
     assert (agent.block("Reset")[0] == 0) == (verdict == "discard")
+
+
+def test_a_parent_that_was_disturbed_in_repeat_runs_again_and_loses_no_keep(agent):
+    """The parent's row, though of a later run, must not come after the verdict."""
+    busy = "if seed == 43 and not os.path.exists('quiet'): print('machine busy: 40%')"
+    agent.attempt("kept", canvas((0.9960, 0.9960), last_words=busy))
+    agent.attempt("between", canvas((0.9955, 0.9951)))
+    calls = len(agent.calls())
+    assert agent.block("Repeat")[0] != 0
+    assert len(agent.calls()) == calls + 1  # the idea does not run after a parent that is not valid
+    assert "no valid run" in agent.block("Log")[1]
+    (agent.folder / ".git/info/exclude").write_text("calls.log\nquiet\n")
+    (agent.folder / "quiet").touch()
+    assert agent.block("Repeat")[0] == 0
+    assert agent.block("Log")[1].endswith(": keep\n")
+    assert [row[3:] for row in agent.rows()[4:]] == [
+        ("keep", "parent again, seed 43"),
+        ("keep", "between"),
+        ("keep", "between, seed 43"),
+    ]
+    kept = agent.head()
+    assert agent.block("Reset")[0] != 0
+    assert agent.head() == kept
+
+
+def test_a_baseline_that_died_in_warm_up_is_no_measure_of_the_next(fresh):
+    seen, lines = [], on_device().splitlines()
+    lines.insert(2, "if not os.path.exists('mended'): sys.exit(1)")  # attention: was not said yet
+    (fresh.folder / "train.py").write_text(canvas(last_words="\n".join(lines)))
+    fresh.git("commit", "-qam", "the person's GPU")
+    (fresh.folder / ".git/info/exclude").write_text("calls.log\nmended\n")
+    fresh.block("Start")
+    seen.append(fresh.block("Run")[0])
+    (fresh.folder / "mended").touch()
+    seen.append(fresh.block("Run")[0])
+    assert seen == [0, 0] and len(fresh.calls()) == 2
+    assert fresh.block("Log")[0] == 0
+    assert [row[4] for row in fresh.rows()] == ["baseline, seed 42"]
 
 
 def test_seeds_are_compared_like_with_like(agent):
@@ -880,7 +926,7 @@ def test_look_tells_a_new_session_where_the_last_one_ended(agent):
     (agent.folder / "train.py").write_text("half an edit")
     out = agent.block("Look")[1]
     assert "HEAD has no row" in out
-    assert " M train.py" in out and "undo the rest" in out
+    assert " M train.py" in out and "uncommitted" in out
     assert re.search(r"^[0-9a-f]{7} cut short$", out, re.M)
     agent.git("restore", "train.py")
     agent.block("Run")
@@ -971,8 +1017,8 @@ def test_a_night_cut_short_after_every_step_goes_on(fresh):
         ("keep", "better"),
         ("crash", "crash"),
         ("discard", "worse"),
-        ("keep", "between"),
         ("keep", "parent again, seed 43"),
+        ("keep", "between"),
         ("keep", "between, seed 43"),
     ]
     assert fresh.git("log", "--format=%s", "main..").splitlines() == ["between", "better"]
@@ -996,8 +1042,8 @@ def test_repeat_cut_short_goes_on(agent, whose):
     assert len(agent.calls()) - calls == (2 if whose == "parent" else 1)
     assert agent.block("Log")[0] == 0
     assert [row[4] for row in agent.rows()[4:]] == [
-        "between",
         "parent again, seed 43",
+        "between",
         "between, seed 43",
     ]
 
