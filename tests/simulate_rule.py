@@ -2,6 +2,7 @@
 
     uv run python tests/simulate_rule.py                   # by hand, about a minute
     uv run python tests/simulate_rule.py --nights 200 --set HIGH=2.5 STALE=inf
+    uv run python tests/simulate_rule.py --nights 200 --wave 2 8 16  # K runs at once
 
 The unit is the noise of one run. A night is RUNS runs. Of its ideas a share is good, and gains an
 exponential amount; the rest loses one. All rules get the same ideas and the same luck.
@@ -31,6 +32,7 @@ MACHINES = {
     "drifts by one noise a run": (5.0, 50, 0.0),  # 5 * sqrt(2 / 50) = 1
     "steady, 40 % is the seed": (0.0, 1, 0.4),
 }
+ENOUGH = 200  # repeated ideas after which the noise in waves is known
 SIMPLE = (0.3, 0.3)  # share of ideas that simplify, standard deviation of what they gain
 
 
@@ -162,6 +164,92 @@ def play_rule(night, rule):
     return true, keeps
 
 
+def play_waves(rng, lanes, num_slots, mix, machine, rule):
+    """Return the true gain of a night of waves: `lanes` runs at once, num_slots times.
+
+    All ideas of a wave are one step from the same parent, which goes again before them, in every
+    lane, when it is stale. The best idea is judged; if it is kept, what else would have been kept
+    is tried on top of it in the next wave. Every lane is a machine that drifts by itself.
+    """
+    judge, pooled_noise, stale = rule["judge"], rule["pooled_noise"], rule["STALE"]
+    (share, mean_gain), (spread, memory, _) = mix, machine
+    drift, keep, slots = rng.normal(0, spread, lanes), math.exp(-1 / memory), 0
+
+    def run(seed, gains):
+        """Return runs of these gains, as many at once as there are lanes."""
+        nonlocal drift, slots
+        done = []
+        for i, gain in enumerate(gains):
+            if i % lanes == 0:
+                slots += 1
+                drift = keep * drift + rng.normal(0, spread * (1 - keep**2) ** 0.5, lanes)
+            done.append((seed, rng.normal() + drift[i % lanes] - gain))
+        return done
+
+    parent = [run(seed, [0.0])[0] for seed in (42, 43, 44)]
+    true, settled, waiting, age = 0.0, [], [], 1  # age: rows since the parent's last one
+    while slots < num_slots:
+        if age > stale:
+            parent += run(42, [true] * lanes)
+            age = 1 - lanes
+        ideas, waiting = waiting[:lanes], waiting[lanes:]
+        while len(ideas) < lanes:
+            good = rng.random() < share
+            ideas.append(rng.exponential(mean_gain) if good else -rng.exponential(LOSS))
+        results = [[first] for first in run(42, [true + gain for gain in ideas])]
+        age += lanes
+        noise = pooled_noise(dict(enumerate([*settled, [bpb for _, bpb in parent]])))
+        verdicts = [judge(result, parent, noise) for result in results]
+        best = max(range(lanes), key=lambda i: verdicts[i][1])
+        if verdicts[best][0] == "repeat":
+            parent += run(43, [true])
+            results[best] += run(43, [true + ideas[best]])
+            groups = [[bpb for _, bpb in runs] for runs in (parent, results[best])]
+            verdicts[best] = judge(
+                results[best], parent, pooled_noise(dict(enumerate(settled + groups)))
+            )
+            age = 1
+        kept = verdicts[best][0] == "keep"
+        done = parent if kept else results[best]
+        if len(done) > 1 and len(settled) < ENOUGH:
+            settled.append([bpb for _, bpb in done])
+        if kept:
+            waiting += [ideas[i] for i, v in enumerate(verdicts) if v[0] == "keep" and i != best]
+            true, parent, age = true + ideas[best], results[best], 0
+    return true
+
+
+def wave_gains(lanes, num_slots, mix, machine, num_nights, constants):
+    """Return the true gains of so many nights of waves, (num_nights,)."""
+    rule = read_rule(constants)
+    rngs = map(np.random.default_rng, np.random.SeedSequence(1).spawn(num_nights))
+    return np.array([play_waves(rng, lanes, num_slots, mix, machine, rule) for rng in rngs])
+
+
+def print_waves(pool, waves, num_nights, constants):
+    """Print what a night of RUNS slots gains on K devices, and in as many runs one by one."""
+    names = list(MACHINES)[:2]
+    cells = {
+        (shape, name, mix): pool.submit(
+            wave_gains, *shape, mix, MACHINES[name], num_nights, constants
+        )
+        for shape in {(1, RUNS), *((k, RUNS) for k in waves), *((1, k * RUNS) for k in waves)}
+        for name in names
+        for mix in MIXES
+    }
+    print(f"True gain in {RUNS} runs' time; in brackets, of what as many runs one by one gain.\n")
+    print(f"| devices | {' | '.join(names)} |\n| --- {'| --- ' * len(names)}|")
+    for k in [1, *waves]:
+        row = [str(k)]
+        for name in names:
+            means = [
+                [cells[shape, name, mix].result().mean() for shape in ((k, RUNS), (1, k * RUNS))]
+                for mix in MIXES
+            ]
+            row.append("; ".join(f"{gain:.1f} ({gain / alone:.0%})" for gain, alone in means))
+        print(f"| {' | '.join(row)} |")
+
+
 def read_rule(constants):
     """Return judge, pooled_noise and the constants of program.md's Log, some of them replaced."""
     text = (ROOT / "program.md").read_text(encoding="utf-8")
@@ -202,9 +290,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--nights", type=int, default=1000, help="of every cell (default 1000)")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="of the rule")
+    parser.add_argument("--wave", nargs="+", type=int, metavar="K", help="runs at once, instead")
     args = parser.parse_args()
     constants = {name: float(value) for name, _, value in (s.partition("=") for s in args.set)}
 
+    if args.wave:
+        with ProcessPoolExecutor() as pool:
+            return print_waves(pool, args.wave, args.nights, constants)
     rules = {
         "any decrease": {},
         "floor of three baselines": {},

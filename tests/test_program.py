@@ -24,6 +24,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = (ROOT / "program.md").read_text()
 BLOCKS = dict(re.findall(r"^```bash\n# (\w+)\n(.*?)^```$", PROGRAM, re.M | re.S))
+README = (ROOT / "README.md").read_text()
+WAVE = re.search(r"^## Many devices\n.*?\n\n((?:    [^\n]*\n)+)", README, re.M | re.S)[1]
 RULE = {}  # what Log judges by
 exec(re.search(r"<<'EOF'\n(.*?)^last, ", BLOCKS["Log"], re.M | re.S)[1], RULE)
 TRACKED = [".gitignore", "README.md", "prepare.py", "program.md", "pyproject.toml", "train.py"]
@@ -226,7 +228,7 @@ def test_budget():
         "Output format",
         "Logging results",
         "The experiment loop",
-        "Several GPUs",
+        "Several devices",
     ]
 
 
@@ -523,7 +525,7 @@ def test_a_baseline_that_died_in_warm_up_is_no_measure_of_the_next(fresh):
     seen.append(fresh.block("Run")[0])
     (fresh.folder / "mended").touch()
     seen.append(fresh.block("Run")[0])
-    assert seen == [0, 0] and len(fresh.calls()) == 2
+    assert seen == [1, 0] and len(fresh.calls()) == 2
     assert fresh.block("Log")[0] == 0
     assert [row[4] for row in fresh.rows()] == ["baseline, seed 42"]
 
@@ -841,6 +843,54 @@ def test_an_orphan_keeps_the_device_and_gives_nobody_its_result(agent):
     assert agent.block("Log")[1].endswith(": keep\n")
     assert len(agent.rows()) == 4
     assert len(agent.calls()) == 5  # the orphan's and one more
+
+
+def test_a_job_goes_in_front_of_each_training(agent, tmp_path):
+    via = tmp_path / "via"
+    via.write_text('#!/bin/sh\necho "$1: $3 $4 $5" >> via.log\nshift\nexec "$@"\n')
+    via.chmod(0o755)
+    agent.env["job"] = f"{via} device"
+    agent.attempt("between", canvas((0.9975, 0.9970)))
+    assert agent.block("Repeat")[0] == 0
+    assert (agent.folder / "via.log").read_text() == 3 * "device: run train.py \n"
+
+
+MEETS = """import pathlib, time
+pathlib.Path("{folder}/{me}").touch()
+for _ in range(200):
+    time.sleep(0.05 * (not pathlib.Path("{folder}/{other}").exists()))
+assert pathlib.Path("{folder}/{other}").exists(), "alone"
+"""
+
+
+def test_a_wave(agent, tmp_path):
+    """By README's lines; two of the ideas end only if they run at the same time."""
+    kept, ideas = agent.head(), []
+    meet = [MEETS.format(folder=tmp_path, me=me, other=3 - me) for me in (1, 2)]
+    for bpb, words in ((0.9960, meet[0]), (0.9950, meet[1]), (0.9940, "raise MemoryError")):
+        agent.idea(f"to {bpb}", canvas((bpb,), last_words=words))
+        ideas.append(agent.short())
+        agent.git("reset", "-q", "--hard", kept)
+    lines, count = re.subn('job="srun [^"]*"', "job=env", WAVE)
+    assert count == 1
+    status, out = agent.bash(f"ideas='{' '.join(ideas)}'\n{lines}")
+    assert status == 0, out
+    assert agent.head() == kept and len(agent.rows()) == 3
+    assert agent.git("worktree", "list").count("\n") == 0 and not list(agent.folder.glob("wave-*"))
+    assert agent.git("status", "--porcelain") == ""
+    calls = len(agent.calls())
+    worse, best, broken = ideas
+    for idea, log in ((broken, "crash"), (worse, "discard"), (best, "rule")):
+        agent.git("reset", "-q", "--hard", idea)
+        assert idea == broken or agent.block("Run")[0] == 0
+        status, out = agent.block("Log", verdict=log)
+        assert status == 0, out
+    assert len(agent.calls()) == calls
+    assert [row[0] for row in agent.rows()[3:]] == [broken, worse, best]
+    assert [row[3] for row in agent.rows()[3:]] == ["crash", "discard", "keep"]
+    assert "to 0.996" in agent.block("Look")[1].partition("near misses:")[2]
+    agent.bash(f"git cherry-pick --no-gpg-sign -X theirs {worse}")
+    assert agent.block("Look")[0] == 0
 
 
 def test_reset_takes_nothing_but_a_logged_failure(agent):
