@@ -959,10 +959,10 @@ def test_any_description_is_one_field(agent, text):
 
 
 def test_look_tells_a_new_session_where_the_last_one_ended(agent):
-    agent.attempt("near", canvas((0.9980,)))
+    agent.attempt("near", canvas((0.99785,)))
     agent.block("Reset")
     agent.attempt("better", canvas((0.9960,)))
-    for idea, bpb in (("lower, but not nearer", 0.9965), ("far", 0.9999)):
+    for idea, bpb in (("lower, but not nearer", 0.99598), ("worse", 0.9999)):
         agent.attempt(idea, canvas((bpb,)))
         agent.block("Reset")
     status, out = agent.block("Look")
@@ -971,7 +971,7 @@ def test_look_tells_a_new_session_where_the_last_one_ended(agent):
     assert "limits: 20 experiments" in out and "16 left" in out
     assert "baseline, seed 44" in out
     near = out.split("near misses:\n")[1].splitlines()
-    assert [line.split("\t")[4] for line in near] == ["near", "lower, but not nearer", "far"]
+    assert [line.split("\t")[5] for line in near] == ["near", "lower, but not nearer"]
     agent.idea("cut short", canvas((0.9940,)))
     (agent.folder / "train.py").write_text("half an edit")
     out = agent.block("Look")[1]
