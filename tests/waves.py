@@ -30,7 +30,7 @@ JOBS = {"slurm": "srun --gpus 1 --time TIME", "taskset": "taskset -c $((n++ % 2)
 SMALLER = {  # the budget, and a training that starts in seconds
     "prepare.py": [
         ("TIME_BUDGET = 300", "TIME_BUDGET = 15"),
-        ("HARD_LIMIT = 600", "HARD_LIMIT = 150"),
+        ("HARD_LIMIT = 600", "HARD_LIMIT = 90"),
         ("2**18  # tokens scored", "2**13  # tokens scored"),
     ],
     "train.py": [("else 4  # layers", "else 2  # layers"), ('device.type != "mps"', "False")],
@@ -220,7 +220,7 @@ def main():
 
         ideas = [
             night.idea("a crash", "def main():\n", "def main():\n    1 / 0\n"),
-            night.idea("a hang", "def main():\n", "def main():\n    time.sleep(10**6)\n"),
+            night.idea("a hang", "    # Training\n", "    time.sleep(10**6)\n"),
         ]
         ends, *_ = night.wave(ideas, wall=1, meanwhile=restart_controller if slurm else None)
         night.check("neither is valid", all(re.match("exit_status: [1-9]", end) for end in ends))
