@@ -346,9 +346,8 @@ POLAR_EXPRESS = [
 
 def orthogonalize(grad, dtype):
     """Return the semi-orthogonal matrices nearest to grad (n, r, c), roughly, computed in dtype."""
-    X = grad.to(dtype)
-    tall = X.size(-2) > X.size(-1)
-    X = X.mT if tall else X
+    tall = grad.size(-2) > grad.size(-1)
+    X = (grad.mT if tall else grad).to(dtype)
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)  # bounds the spectral norm by 1
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
@@ -454,7 +453,8 @@ def muon_weight_decay(progress):
 # Dense bf16 peaks in FLOP/s by the vendors' datasheets; the first name that fits counts.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
-    " NVL": 835e12,  # of H100 and H200
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
     "H100": 989.5e12,
     "H200": 989.5e12,
     "NVIDIA B200": 2250e12,

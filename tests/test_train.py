@@ -21,7 +21,7 @@ from conftest import PRELOAD
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_SECONDS = 3
-WHOLE_RUN_SECONDS = 10  # of the one run as it stands: three steps on slow processors, too
+WHOLE_RUN_SECONDS = 15  # of the one run as it stands: three steps on slow processors, too
 SUMMARY = {  # fixed interface: program.md greps it
     "val_bpb": r"\d+\.\d{6}",
     "training_seconds": r"\d+\.\d",
