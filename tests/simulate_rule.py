@@ -20,8 +20,10 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+HARD_LIMIT = int(re.search(r"^HARD_LIMIT = (\d+)", (ROOT / "prepare.py").read_text(), re.M)[1])
 
 RUNS = 100  # a night's, baselines included
+RUN_SECONDS = 375  # what a run takes, with compiling and evaluation
 LOSS = 3.0  # mean loss of a bad idea
 MIXES = ((0.2, 0.5), (0.2, 2.0), (0.1, 1.0))  # share of good ideas, their mean gain
 # stationary standard deviation of the machine's drift, runs in which it forgets, share of the
@@ -254,7 +256,8 @@ def read_rule(constants):
     """Return judge, pooled_noise and the constants of program.md's Log, some of them replaced."""
     text = (ROOT / "program.md").read_text(encoding="utf-8")
     functions = re.search(r"^# Log\n.*?<<'EOF'\n(.*?)^last, ", text, re.M | re.S)[1]
-    rule = {"STALE": int(re.search(r"tail -n (\d+) results.tsv \| grep -q", text)[1])}
+    minutes = HARD_LIMIT / int(re.search(r"HARD_LIMIT.* int\(\$3 / (\d+)\)", text)[1])
+    rule = {"STALE": round(60 * minutes / RUN_SECONDS)}
     exec(functions, rule)
     if unknown := constants.keys() - rule.keys():
         raise SystemExit(f"program.md's rule has no {', '.join(sorted(unknown))}")

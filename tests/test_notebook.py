@@ -26,6 +26,7 @@ from matplotlib import pyplot as plt
 
 NOTEBOOK = Path(__file__).parents[1] / "analysis.ipynb"
 PROGRAM = NOTEBOOK.with_name("program.md")
+NIGHT = Path(__file__).parent / "data" / "night.tsv"  # a real one: the README's, and its picture's
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
 CODE = {
     cell["id"]: "".join(cell["source"])
@@ -412,10 +413,19 @@ def ledger(draw):
     return [(*run, value) for run, value in zip(runs, values, strict=True)]
 
 
-@pytest.mark.parametrize("seed", range(50))
-def test_noise_best_and_gains_are_the_rules(functions, seed):
+def real_night():
+    """Return the runs of NIGHT, each as one of ledger()."""
+    runs = []
+    for line in NIGHT.read_text("utf-8").splitlines()[1:]:
+        commit, value, _, status, text = line.split("\t")
+        seed = re.search(r", seed (\d+)$", text)
+        runs.append((int(commit, 16), int(seed[1]) if seed else 42, status, text, float(value)))
+    return runs
+
+
+@pytest.mark.parametrize("runs", [*(ledger(random.Random(i)) for i in range(50)), real_night()])
+def test_noise_best_and_gains_are_the_rules(functions, runs):
     judge, pooled_noise = rule().judge, rule().pooled_noise
-    runs = ledger(random.Random(seed))
     rows = [row(commit, value, status, text) for commit, _, status, text, value in runs]
     loaded = functions.load(write(*rows))
     assert loaded.seed.tolist() == [run[1] for run in runs]
@@ -822,6 +832,22 @@ def test_labels_of_a_night_are_legible_and_nearly_complete(functions, seed):
     assert_labels_are_legible(ax)
     num_kept = sum("\tkeep\t" in line for line in rows) - len(BASELINE)
     assert num_kept >= 10 and len(ax.texts) >= 0.8 * num_kept
+
+
+def test_the_real_night_reads_without_a_note_and_names_all_that_was_kept(functions):
+    runs = functions.load(NIGHT)
+    assert not runs.attrs["notes"]
+    ax = picture(functions, NIGHT)
+    assert_labels_are_legible(ax)
+    assert len(ax.texts) == len(functions.kept_changes(runs))
+
+
+def test_the_committed_picture_is_of_the_real_night(monkeypatch):
+    Path("results.tsv").write_bytes(NIGHT.read_bytes())
+    run_all(monkeypatch)
+    drawn, committed = plt.imread("progress.png"), plt.imread(NOTEBOOK.with_name("progress.png"))
+    assert drawn.shape == committed.shape
+    assert abs(drawn - committed).mean() < 0.01
 
 
 def test_labels_of_fifteen_kept_in_a_row_are_legible(functions):

@@ -539,23 +539,22 @@ def test_seeds_are_compared_like_with_like(agent):
 
 def test_a_parent_that_ran_long_ago_runs_again_first(agent):
     base = agent.short()
-    for i in range(11):
-        agent.attempt(f"idea {i}", canvas((0.9990,)))
-        assert agent.block("Reset")[0] == 0
-    assert len(agent.rows()) == 14
-    assert agent.attempt("one", canvas((0.9989,)))[0] == 0
+    log = agent.folder / f"run-{base}.log"
+
+    def runs_of(subject, minutes):
+        os.utime(log, (time.time() - 60 * minutes,) * 2)
+        calls = len(agent.calls())
+        assert agent.attempt(subject, canvas((0.9990,)))[0] == 0
+        return agent.calls()[calls:]
+
+    assert runs_of("one", 70) == ["42 run train.py"]
     assert agent.block("Reset")[0] == 0
-    calls = len(agent.calls())
-    assert agent.attempt("another", canvas((0.9990,)))[0] == 0
-    assert agent.calls()[calls:] == ["42 run train.py"] * 2
-    assert [(row[0], *row[3:]) for row in agent.rows()[15:]] == [
+    assert runs_of("another", 80) == ["42 run train.py"] * 2
+    assert [(row[0], *row[3:]) for row in agent.rows()[4:]] == [
         (base, "keep", "parent again"),
         (agent.short(), "discard", "another"),
     ]
-    assert agent.block("Reset")[0] == 0
-    calls = len(agent.calls())
-    agent.attempt("the next", canvas((0.9990,)))
-    assert len(agent.calls()) == calls + 1
+    assert time.time() - log.stat().st_mtime < 60
 
 
 def test_ugly_code_can_be_discarded_but_nothing_can_be_kept_by_decree(agent):
