@@ -557,6 +557,22 @@ def test_a_parent_that_ran_long_ago_runs_again_first(agent):
     assert time.time() - log.stat().st_mtime < 60
 
 
+def test_a_disturbed_run_of_a_parent_of_long_ago_does_not_count(agent):
+    busy = "if os.path.exists('loud'): print('machine busy: 40%')"
+    agent.attempt("kept", canvas((0.9960,), last_words=busy))
+    (agent.folder / ".git/info/exclude").write_text("calls.log\nloud\n")
+    (agent.folder / "loud").touch()
+    os.utime(agent.folder / f"run-{agent.short()}.log", (time.time() - 4800,) * 2)
+    calls = len(agent.calls())
+    assert agent.attempt("next", canvas((0.9990,)))[0] != 0
+    assert len(agent.calls()) == calls + 1
+    (agent.folder / "loud").unlink()
+    assert agent.block("Run")[0] == 0
+    assert len(agent.calls()) == calls + 3  # the parent once more, and now the idea
+    assert agent.block("Log")[1].endswith(": discard\n")
+    assert [row[3:] for row in agent.rows()[4:]] == [("keep", "parent again"), ("discard", "next")]
+
+
 def test_ugly_code_can_be_discarded_but_nothing_can_be_kept_by_decree(agent):
     agent.idea("ugly", canvas((0.9975, 0.9975)))
     agent.block("Run")
