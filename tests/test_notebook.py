@@ -26,7 +26,7 @@ from matplotlib import pyplot as plt
 
 NOTEBOOK = Path(__file__).parents[1] / "analysis.ipynb"
 PROGRAM = NOTEBOOK.with_name("program.md")
-NIGHT = Path(__file__).parent / "data" / "night.tsv"  # a real one: the README's, and its picture's
+NIGHT = Path(__file__).parent / "data" / "night.tsv"  # real, on two machines: the README's picture
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
 CODE = {
     cell["id"]: "".join(cell["source"])
@@ -414,16 +414,19 @@ def ledger(draw):
 
 
 def real_night():
-    """Return the runs of NIGHT, each as one of ledger()."""
-    runs = []
+    """Return the parts of NIGHT, one a machine, each run as one of ledger()."""
+    parts = []
     for line in NIGHT.read_text("utf-8").splitlines()[1:]:
         commit, value, _, status, text = line.split("\t")
         seed = re.search(r", seed (\d+)$", text)
-        runs.append((int(commit, 16), int(seed[1]) if seed else 42, status, text, float(value)))
-    return runs
+        if text == "baseline, seed 42":
+            parts.append([])
+        run = (int(commit, 16), int(seed[1]) if seed else 42, status, text, float(value))
+        parts[-1].append(run)
+    return parts
 
 
-@pytest.mark.parametrize("runs", [*(ledger(random.Random(i)) for i in range(50)), real_night()])
+@pytest.mark.parametrize("runs", [*(ledger(random.Random(i)) for i in range(50)), *real_night()])
 def test_noise_best_and_gains_are_the_rules(functions, runs):
     judge, pooled_noise = rule().judge, rule().pooled_noise
     rows = [row(commit, value, status, text) for commit, _, status, text, value in runs]
@@ -835,11 +838,17 @@ def test_labels_of_a_night_are_legible_and_nearly_complete(functions, seed):
 
 
 def test_the_real_night_reads_without_a_note_and_names_all_that_was_kept(functions):
-    runs = functions.load(NIGHT)
-    assert not runs.attrs["notes"]
-    ax = picture(functions, NIGHT)
-    assert_labels_are_legible(ax)
-    assert len(ax.texts) == len(functions.kept_changes(runs))
+    parts = functions.split(NIGHT, functions.load(NIGHT))
+    fig, axes = plt.subplots(len(parts), figsize=(12, 6 * len(parts)), dpi=150, layout="constrained")
+    for ax, (path, runs) in zip(axes, parts.items(), strict=True):
+        functions.draw(ax, path, runs)
+    for ax, runs in zip(axes, parts.values(), strict=True):
+        functions.add_labels(ax, runs)
+    fig.canvas.draw()
+    for ax, runs in zip(axes, parts.values(), strict=True):
+        assert_labels_are_legible(ax)
+        assert len(ax.texts) == len(functions.kept_changes(runs))
+    assert not any("kept but worse" in functions.summary("", runs) for runs in parts.values())
 
 
 def test_the_committed_picture_is_of_the_real_night(monkeypatch):

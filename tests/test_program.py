@@ -765,6 +765,29 @@ def test_nothing_is_run_that_is_not_committed(agent):
     assert len(agent.calls()) == before
 
 
+def test_what_a_person_redraws_or_rewords_in_the_night_stops_nothing_and_stays(fresh):
+    names = ("progress.png", "analysis.ipynb", "program.md")
+
+    def touch():
+        for name in names:
+            with (fresh.folder / name).open("a") as file:
+                file.write("more\n")
+
+    for name in names[:2]:
+        (fresh.folder / name).write_text("tracked\n")
+        fresh.git("add", name)
+    fresh.git("commit", "-q", "-m", "a picture")
+    touch()
+    set_up(fresh)
+    touch()
+    fresh.attempt("worse", canvas((0.9990,)))
+    assert fresh.block("Reset")[0] == 0
+    assert fresh.rows()[-1][3] == "discard"
+    for name in names:
+        assert (fresh.folder / name).read_text().endswith("more\nmore\n")
+    assert fresh.git("diff", "--name-only", "HEAD", "train.py") == ""
+
+
 @pytest.mark.parametrize("name", ["prepare.py", "pyproject.toml"])
 def test_a_changed_contract_is_refused(agent, name):
     agent.idea("cheat", canvas((0.5,)))

@@ -116,7 +116,7 @@ class Night:
         train.write_text(text.replace(old, new))
         commit = f'git commit -q -m "{subject}" --no-verify --no-gpg-sign train.py'
         return self.bash(
-            f"{commit} && git rev-parse --short=7 HEAD && git reset -q --hard HEAD~1"
+            f"{commit} && git rev-parse --short=7 HEAD && git reset -q --keep HEAD~1"
         ).strip()
 
     def wave(self, ideas, wall=20, meanwhile=None):
@@ -140,7 +140,7 @@ class Night:
         return ends, *seen
 
     def log(self, idea, **variables):
-        self.bash(f"git reset -q --hard {idea}")
+        self.bash(f"git reset -q --keep {idea}")
         said = self.block("Log", **variables)
         if said.endswith(": repeat\n"):
             self.block("Repeat", job=self.alone)
