@@ -50,7 +50,7 @@ def setting(name, default, pattern):
 
 if sys.platform == "win32":
     raise ContractError("this runs on Linux, on macOS, and on Windows inside WSL")
-PROCESS_START = time.monotonic() - time.process_time()  # about: imports keep one core busy
+PROCESS_START = time.monotonic() - time.process_time()  # approximate: imports take one core
 CORPUS = "climbmix" if torch.cuda.is_available() else "python"
 CORPUS = setting("AUTORESEARCH_CORPUS", CORPUS, "climbmix|python")
 EVAL_SPLIT = setting("AUTORESEARCH_SPLIT", "val", "val|test")  # test: for the person alone
@@ -356,7 +356,8 @@ class Tokenizer:
 def pack(documents, row_len):
     """Yield rows of exactly row_len tokens, uint16, each beginning with a document.
 
-    The longest buffered document that fits goes next; where none fits, the shortest is cropped.
+    The longest buffered document that fits goes next; where none fits, the shortest is cropped, so
+    one longer than a row waits for long. Nothing masks a row's documents from each other. After
     Ding et al., "Fewer Truncations Improve Language Modeling", arXiv 2404.10830.
     """
     documents, buffer = iter(documents), []

@@ -28,15 +28,15 @@ import prepare
 ON_CUDA = torch.cuda.is_available()
 
 DEPTH = 8 if ON_CUDA else 4  # layers; the main size knob
-ASPECT_RATIO = 64 if ON_CUDA else 48  # model_dim = DEPTH * ASPECT_RATIO, up to full heads
-HEAD_DIM = 128 if ON_CUDA else 192  # channels a head
-WINDOW_PATTERN = "SSSL" if ON_CUDA else "SL"  # S: short, L: all; cycled, its end comes last
+ASPECT_RATIO = 64 if ON_CUDA else 48  # model_dim = DEPTH * ASPECT_RATIO, up to whole heads
+HEAD_DIM = 128 if ON_CUDA else 192  # channels a head; the CPU's model has one head
+WINDOW_PATTERN = "SSSL" if ON_CUDA else "SL"  # S: short, L: full; cycled, but ends on its last
 SHORT_WINDOW = 1 / 2 if ON_CUDA else 1 / 16  # of the context
 SOFTCAP = 15  # logits stay between -SOFTCAP and SOFTCAP; under 80, see head_loss
 LOSS_SLICE = 2**14 if ON_CUDA else 512  # tokens whose logits are in memory at once
 ROPE_BASE = 10_000  # of the rotary embedding; larger for long contexts
 
-TOTAL_BATCH_SIZE = 2**19 if ON_CUDA else 2**13  # tokens an optimizer step, down to whole rows
+TOTAL_BATCH_SIZE = 2**19 if ON_CUDA else 2**13  # tokens an optimizer step, in whole rows
 DEVICE_BATCH_SIZE = 128 if ON_CUDA else 4  # rows a pass, at most; halved when out of memory
 
 EMBEDDING_LR = 0.6 if ON_CUDA else 0.2  # AdamW: token and value embeddings, at model_dim 768
@@ -289,7 +289,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """Return logits (B, T, V), or with targets (B, T) the mean cross-entropy in nats."""
         x = norm(self.wte(idx).to(self.dtype))
-        x0 = x.view_as(x)  # no second name of x: a block compiled for that would fit no other
+        x0 = x.view_as(x)  # a tensor of its own: were x0 x, block 0 would compile apart
         rotary = self.rotary[:, : idx.size(1)]
         embeds = {i: table(idx).to(x.dtype) for i, table in self.value_embeds.items()}
         for i, block in enumerate(self.blocks):
@@ -366,7 +366,7 @@ def muon_update(params, grads, buffer, second_moment, lr, momentum, weight_decay
     """
     buffer.lerp_(grads, 1 - momentum)
     update = orthogonalize(grads.lerp(buffer, momentum), dtype).float()  # Nesterov
-    across = -1 if second_moment.size(-1) == 1 else -2  # one scale a neuron, of the longer side
+    across = -1 if second_moment.size(-1) == 1 else -2  # the mean over the shorter side
     mean_square = update.square().mean(dim=across, keepdim=True)
     second_moment.lerp_(mean_square, 1 - beta2)
     scale = second_moment.clamp_min(1e-10).rsqrt()
@@ -488,7 +488,7 @@ def tune_cpu():
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     for library in ("torch.utils.cpp_extension", "torch._inductor.scheduler"):
-        logging.getLogger(library).setLevel(logging.CRITICAL + 1)  # no CUDA, no compiler: we know
+        logging.getLogger(library).setLevel(logging.CRITICAL + 1)  # of no CUDA, no compiler
     # Handing every large tensor back to the kernel costs a page fault for each of its pages
     libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4  # of malloc.h
     if hasattr(libc, "mallopt"):
@@ -505,7 +505,7 @@ def compile_model(model, device):
     for block in model.blocks:
         block.forward = jit(block.forward)
     model.loss = jit(model.loss)
-    model.forward = torch.enable_grad()(model.forward)  # in evaluation, too, or that code won't fit
+    model.forward = torch.enable_grad()(model.forward)  # compiled code is of one grad mode
     return model
 
 
@@ -559,15 +559,15 @@ def main():
             if not use_compile:
                 raise
             print(f"torch.compile failed, running eagerly: {first_line(error)}")
-            use_compile, backend = False, "sdpa"  # what cannot fail where eager attention can run
-        model = forward = optimizers = optimizer = inputs = row = None
+            use_compile, backend = False, "sdpa"  # flex needs the compiler
+        model = forward = optimizers = optimizer = inputs = row = cause = None  # to free memory
         torch.compiler.reset()
         if ON_CUDA:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
     grad_accum_steps = rows_a_step // rows
     torch.manual_seed(prepare.SEED)
-    model.load_state_dict(GPT(*args).state_dict())  # what warm-up has learned is forgotten
+    model.load_state_dict(GPT(*args).state_dict())  # fresh: warm-up has trained these
     flops_per_token, num_params = model.flops_per_token(), model.num_params()
     print(f"attention: {backend}, compile: {'yes' if use_compile else 'no'}")
     print(f"parameters: {sum(num_params.values()):,} {num_params}")
