@@ -838,7 +838,9 @@ def test_labels_of_a_night_are_legible_and_nearly_complete(functions, seed):
 
 
 def test_the_real_night_reads_without_a_note_and_names_all_that_was_kept(functions):
-    parts = functions.split(NIGHT, functions.load(NIGHT))
+    runs = functions.load(NIGHT)
+    assert not runs.attrs["notes"]
+    parts = functions.split(NIGHT, runs)
     style = {"figsize": (12, 6 * len(parts)), "dpi": 150, "layout": "constrained"}
     fig, axes = plt.subplots(len(parts), **style)
     for ax, (path, runs) in zip(axes, parts.items(), strict=True):

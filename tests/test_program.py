@@ -762,20 +762,24 @@ def test_nothing_is_run_that_is_not_committed(agent):
         (agent.folder / "prepare.py").write_text("easier\n")
         agent.git("restore", "train.py")
         assert name
+    agent.git("restore", "prepare.py")
+    rule = (agent.folder / "program.md").read_text().replace("HIGH, BAR", "BAR, HIGH")
+    (agent.folder / "program.md").write_text(rule)
+    assert "uncommitted" in agent.block("Run")[1]
     assert len(agent.calls()) == before
 
 
-def test_what_a_person_redraws_or_rewords_in_the_night_stops_nothing_and_stays(fresh):
-    names = ("progress.png", "analysis.ipynb", "program.md")
+def test_what_the_notebook_draws_in_the_night_stops_nothing_and_stays(fresh):
+    names = ("progress.png", "analysis.ipynb")
 
     def touch():
         for name in names:
             with (fresh.folder / name).open("a") as file:
                 file.write("more\n")
 
-    for name in names[:2]:
+    for name in names:
         (fresh.folder / name).write_text("tracked\n")
-        fresh.git("add", name)
+    fresh.git("add", *names)
     fresh.git("commit", "-q", "-m", "a picture")
     touch()
     set_up(fresh)
