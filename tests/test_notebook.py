@@ -322,7 +322,7 @@ def test_gain_compares_the_same_seeds(functions):
     # wide ran under both seeds by now; no run of its under seed 7, so deep meets all of them
     assert gains["0000002"] == pytest.approx((0.980 + 1.000) / 2 - (0.979 + 0.995) / 2)
     assert gains["0000003"] == pytest.approx((0.979 + 0.995) / 2 - 0.970)
-    for known in (rows[:3], [rows[0], *rows[2:]]):  # wide alone under seed 43: it counts for nothing
+    for known in (rows[:3], [rows[0], *rows[2:]]):  # else wide alone has a seed 43
         table, _ = functions.experiments(functions.load(write(*known)))
         assert table.gain.iloc[1] == pytest.approx(0.001)
 
