@@ -446,8 +446,8 @@ def test_noise_best_and_gains_are_the_rules(functions, runs):
     table = table.set_index("commit")
     for parent, idea in itertools.pairwise(kept):
         shared = dict(by_commit[idea]).keys() & dict(by_commit[parent]).keys()  # as when it ruled
-        runs = [run for run in by_commit[idea] if run[0] in shared] or by_commit[idea]
-        _, gain, _ = judge(runs, by_commit[parent], rule_noise, False)
+        ours = [run for run in by_commit[idea] if run[0] in shared] or by_commit[idea]
+        _, gain, _ = judge(ours, by_commit[parent], rule_noise, False)
         assert table.gain[f"{idea:07x}"] == pytest.approx(gain, abs=1e-12)
     summary = functions.summary("r", loaded)
     for word, commit in [("baseline", kept[0]), ("best", kept[-1])]:
