@@ -86,11 +86,11 @@ def sdpa(q, k, v, window):
     """Attend by torch's scaled_dot_product_attention, without most of what no query sees."""
     T, attend = q.size(1), functools.partial(heads_first, F.scaled_dot_product_attention)
     positions = torch.arange(T, device=q.device)
-    if window >= T - 1:
-        half = T // 2  # keys from here on are of no use to the queries before
-        mask = positions[half:, None] >= positions
-        first = attend(q[:, :half], k[:, :half], v[:, :half], is_causal=True)
-        return torch.cat([first, attend(q[:, half:], k, v, attn_mask=mask)], dim=1)
+    if window >= T - 1:  # a quarter of the queries at a time: keys after them are left out
+        size, mask = math.ceil(T / 4), positions[:, None] >= positions
+        spans = [(slice(i, i + size), slice(i + size)) for i in range(0, T, size)]
+        parts = [attend(q[:, a], k[:, b], v[:, b], attn_mask=mask[a, b]) for a, b in spans]
+        return torch.cat(parts, dim=1)
     # In blocks of at least the window, a query sees keys of its own block and of the one before;
     # before the first block of a row the last of another row is rolled in, and masked
     size = next(s for s in range(max(window, 1), T + 1) if T % s == 0)
