@@ -88,7 +88,7 @@ def softmax_attention(q, k, v, mask):
 
 
 def sdpa(q, k, v, window):
-    """Attend in blocks of at least the window, to itself and the one before, or in quarters."""
+    """Attend in blocks of the window or more, each to itself and the one before, or in quarters."""
     T, positions = q.size(1), torch.arange(q.size(1), device=q.device)
     size = next((s for s in range(max(window, 1), T // 4 + 1) if T % s == 0), None)
     if size is None:  # a quarter of the queries at a time, with the keys that some of them see
@@ -559,7 +559,7 @@ def main():
             if not use_compile:
                 raise
             print(f"torch.compile failed, running eagerly: {first_line(error)}")
-            use_compile, backend = False, backend.replace("flex", "sdpa")  # flex needs it
+            use_compile, backend = False, backend.replace("flex", "sdpa")  # flex must compile
         model = forward = optimizers = optimizer = inputs = row = cause = None  # to free memory
         torch.compiler.reset()
         if ON_CUDA:

@@ -544,6 +544,34 @@ def test_no_compiler_falls_back_to_eager(small, prepared_cache, tmp_path):
         assert len(said) == 1
 
 
+@pytest.mark.parametrize(
+    ("chosen", "left"), [("flash-attn3", "flash-attn3"), ("flex", "sdpa"), ("sdpa", "sdpa")]
+)
+def test_only_flex_is_lost_with_the_compiler(fork, small, chosen, left):
+    run = fork(
+        FAKE_CLOCK,
+        end=f"""
+import runpy
+train = runpy.run_path({str(small)!r})["main"].__globals__
+
+def flash(q, k, v, causal, window_size):
+    return train["sdpa"](q, k, v, window_size[0])
+
+def fail(model, device):
+    raise RuntimeError("planted in the compiler")
+
+train["choose_attention"] = lambda device: {chosen!r}
+train["flash_attention_3"] = lambda: flash
+train["compile_model"] = fail
+train["main"]()
+""",
+    )
+    assert run.status == 0, run.err
+    summary_of(run.out)
+    assert "torch.compile failed, running eagerly: RuntimeError: planted" in run.out
+    assert f"\nattention: {left}, compile: no\n" in run.out
+
+
 # ------------------------------------------------------------------------------------------------
 # Surroundings
 
