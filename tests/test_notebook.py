@@ -26,7 +26,7 @@ from matplotlib import pyplot as plt
 
 NOTEBOOK = Path(__file__).parents[1] / "analysis.ipynb"
 PROGRAM = NOTEBOOK.with_name("program.md")
-NIGHT = Path(__file__).parent / "data" / "night.tsv"  # real, on two machines: the README's picture
+NIGHT = NOTEBOOK.parent / "docs" / "nights" / "2026-11-25" / "results.tsv"  # real, on two machines
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
 CODE = {
     cell["id"]: "".join(cell["source"])

@@ -1,7 +1,7 @@
 """Measure what the README quotes, on this machine, in one run; prints one table.
 
-    uv run python tests/benchmark.py            # speed, about eight minutes
-    uv run python tests/benchmark.py --quality  # trainings, shipped against published: 36 more
+    uv run python tools/benchmark.py            # speed, about eight minutes
+    uv run python tools/benchmark.py --quality  # trainings, shipped against published: 36 more
 
 Needs the python corpus (`uv run prepare.py`) and a machine that does nothing else. What is compared
 is run in alternation: the median of the rounds, with the range in brackets. Else it is one run.

@@ -1,8 +1,8 @@
 """Walk program.md's loop through a real coding agent, on PATH, with a scripted model.
 
-    uv run python tests/clients/drive.py claude               # as the README starts it
-    uv run python tests/clients/drive.py codex --worktree     # the same in a git worktree
-    uv run python tests/clients/drive.py codex --seconds 420  # the first run takes this long
+    uv run python tools/drive.py claude               # as the README starts it
+    uv run python tools/drive.py codex --worktree     # the same in a git worktree
+    uv run python tools/drive.py codex --seconds 420  # the first run takes this long
 
 By hand, when a client has a new version; neither pytest nor CI runs it. Nothing leaves loopback:
 the model's key is a dummy, HOME a scratch folder, and a proxy refuses and reports what a client
@@ -23,7 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "Read program.md and begin, or go on; the tag is trial, the limits are 4 experiments."
 STUB = '''"""A stand-in for the training: an idea is another GAIN."""
 import os, time

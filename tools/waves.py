@@ -1,7 +1,7 @@
 """Walk a wave of program.md through Slurm, or through a plain machine's cores, by README's lines.
 
-    uv run python tests/waves.py slurm    # as root, with slurmctld, slurmd, slurm-client and munge
-    uv run python tests/waves.py taskset  # two cores and a shell
+    uv run python tools/waves.py slurm    # as root, with slurmctld, slurmd, slurm-client and munge
+    uv run python tools/waves.py taskset  # two cores and a shell
 
 By hand, about ten minutes; neither pytest nor CI runs it. A cluster of one node with two devices
 and two cores is started on loopback, in a scratch folder. The training is the real one, but small,

@@ -1,8 +1,8 @@
 """Simulate program.md's rule of keeping; print the tables that the README quotes.
 
-    uv run python tests/simulate_rule.py                   # by hand, about a minute
-    uv run python tests/simulate_rule.py --nights 200 --set HIGH=2.5 STALE=inf
-    uv run python tests/simulate_rule.py --nights 200 --wave 2 8 16  # K runs at once
+    uv run python tools/simulate_rule.py                   # by hand, about a minute
+    uv run python tools/simulate_rule.py --nights 200 --set HIGH=2.5 STALE=inf
+    uv run python tools/simulate_rule.py --nights 200 --wave 2 8 16  # K runs at once
 
 The unit is the noise of one run. A night is RUNS runs. Of its ideas a share is good, and gains an
 exponential amount; the rest loses one. All rules get the same ideas and the same luck.
