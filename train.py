@@ -2,16 +2,18 @@
 
     uv run train.py > run.log 2>&1
 
-Sections: hyperparameters, attention, model, optimizer, schedules, main. What an experiment may
-not touch (data, tokenizer, clock, metric, seed) comes from prepare.py.
+Sections: hyperparameters, attention, model, optimizer, schedules, device, main. What an experiment
+may not touch (data, tokenizer, clock, metric, seed) comes from prepare.py.
 
 Shapes: B rows, T tokens of context, C model_dim, H heads, D head_dim, V vocabulary.
 """
 
 import ctypes
 import functools
+import json
 import logging
 import math
+import os
 import sys
 import time
 
@@ -25,44 +27,60 @@ import prepare
 
 # --- Hyperparameters ------------------------------------------------------------------------------
 
-ON_CUDA = torch.cuda.is_available()
-
-DEPTH = 8 if ON_CUDA else 4  # layers; the main size knob
-ASPECT_RATIO = 64 if ON_CUDA else 48  # model_dim = DEPTH * ASPECT_RATIO, up to whole heads
-HEAD_DIM = 128 if ON_CUDA else 192  # channels a head; the CPU's model has one head
-WINDOW_PATTERN = "SSSL" if ON_CUDA else "SL"  # S: short, L: full; cycled, but ends on its last
-SHORT_WINDOW = 1 / 2 if ON_CUDA else 1 / 16  # of the context
+DEPTH = 8  # layers; the main size knob
+ASPECT_RATIO = 64  # model_dim = DEPTH * ASPECT_RATIO, rounded up to whole heads
+HEAD_DIM = 128  # channels a head
+WINDOW_PATTERN = "SSSL"  # S: short, L: the full context; cycled over the layers, ends on its last
+SHORT_WINDOW = 1 / 2  # share of the context that a short window covers
 SOFTCAP = 15  # logits stay between -SOFTCAP and SOFTCAP; under 80, see head_loss
-LOSS_SLICE = 2**14 if ON_CUDA else 512  # tokens whose logits are in memory at once
+LOSS_SLICE = 2**14  # tokens whose logits are in memory at once
 ROPE_BASE = 10_000  # of the rotary embedding; larger for long contexts
 
-TOTAL_BATCH_SIZE = 2**19 if ON_CUDA else 2**13  # tokens an optimizer step, in whole rows
-DEVICE_BATCH_SIZE = 128 if ON_CUDA else 4  # rows a pass, at most; halved when out of memory
+TOTAL_BATCH_SIZE = 2**19  # tokens an optimizer step, in whole rows
+DEVICE_BATCH_SIZE = 128  # rows a forward pass, at most; fewer are taken where memory is short
 
-EMBEDDING_LR = 0.6 if ON_CUDA else 0.2  # AdamW: token and value embeddings, at model_dim 768
+EMBEDDING_LR = 0.6  # AdamW: token and value embeddings, at model_dim 768
 UNEMBEDDING_LR = 0.004  # AdamW: lm_head, at model_dim 768
-MATRIX_LR = 0.04 if ON_CUDA else 0.03  # Muon: matrices in the blocks
+MATRIX_LR = 0.04  # Muon: matrices in the blocks
 SCALAR_LR = 0.5  # AdamW: x0_lambda; a hundredth of it for all other scalars and vectors
 WEIGHT_DECAY = 0.2  # Muon, cautious, falling to 0
 ADAM_BETAS = (0.8, 0.95)  # decay of the first and second moment
 
 WARMUP_RATIO = 0.0  # share of the time budget in which the rates rise
-WARMDOWN_RATIO = 0.5  # share in which they fall
+WARMDOWN_RATIO = 0.5  # share of the time budget in which they fall
 FINAL_LR_FRAC = 0.0  # what is left of the rates at the end
+
+ON_CUDA = torch.cuda.is_available()
+
+if not ON_CUDA:  # a CPU or Apple silicon: what differs from the above, tuned on 2 CPU cores
+    DEPTH = 4
+    ASPECT_RATIO = 48
+    HEAD_DIM = 192  # the whole model_dim: one head
+    WINDOW_PATTERN = "SL"
+    SHORT_WINDOW = 1 / 16
+    LOSS_SLICE = 512
+    TOTAL_BATCH_SIZE = 2**13
+    DEVICE_BATCH_SIZE = 4
+    EMBEDDING_LR = 0.2
+    MATRIX_LR = 0.03
 
 # --- Attention ------------------------------------------------------------------------------------
 
 
 @functools.cache
 def flash_attention_3():
-    """Return flash_attn_func of FlashAttention-3 from the Hub (Shah et al., arXiv 2407.08608)."""
+    """Return flash_attn_func of FlashAttention-3 from the Hub (Shah et al., arXiv 2407.08608).
+
+    This downloads a compiled package of the kernels-community organisation once and executes it.
+    To do without it, let choose_attention return "flex" on CUDA.
+    """
     return get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
 
 
 def choose_attention(device):
-    """Return the backend for the device: "flash-attn3", "flex" or "sdpa"; say why not the first."""
+    """Return "flash-attn3" or "flex" for a GPU, "blocked" elsewhere; print why not the first."""
     if device.type != "cuda":
-        return "sdpa"
+        return "blocked"
     try:
         capability = torch.cuda.get_device_capability(device)
         if capability[0] != 8 and capability != (9, 0):
@@ -76,33 +94,54 @@ def choose_attention(device):
         return "flex"
 
 
-def softmax_attention(q, k, v, mask):
+def masked_attention(q, k, v, mask):
     """Attend from q (..., T, H, D) to k, v (..., S, H_kv, D) where mask (..., T, S) is true.
 
-    On a CPU torch's flash kernel took half as long again, its math kernel longer to compile.
+    Written out, as on a CPU torch's flash kernel took half as long again.
     """
     q = q.unflatten(-2, (k.size(-2), -1))  # (..., T, H_kv, H / H_kv, D)
     scores = torch.einsum("...tghd,...sgd->...ghts", q, k) * q.size(-1) ** -0.5
-    weights = (scores + torch.where(mask, 0.0, -math.inf).to(q.dtype)).softmax(dim=-1)
+    bias = torch.where(mask, 0.0, -math.inf).to(q.dtype)
+    weights = (scores + bias).softmax(dim=-1)
     return torch.einsum("...ghts,...sgd->...tghd", weights, v).flatten(-3, -2)
 
 
-def sdpa(q, k, v, window):
-    """Attend in blocks of the window or more, each to itself and the one before, or in quarters."""
-    T, positions = q.size(1), torch.arange(q.size(1), device=q.device)
-    size = next((s for s in range(max(window, 1), T // 4 + 1) if T % s == 0), None)
-    if size is None:  # a quarter of the queries at a time, with the keys that some of them see
-        size, ago = math.ceil(T / 4), positions[:, None] - positions
-        mask, starts = (ago >= 0) & (ago <= window), range(0, T, size)
-        spans = [(slice(i, i + size), slice(max(i - window, 0), i + size)) for i in starts]
-        parts = [softmax_attention(q[:, a], k[:, b], v[:, b], mask[a, b]) for a, b in spans]
-        return torch.cat(parts, dim=1)
-    query = positions.view(-1, 1, 1, size, 1)
-    key = query[..., :1, :] + torch.arange(-size, size, device=q.device)
+def attend_by_blocks(q, k, v, window, block_size):
+    """Attend in blocks of at least the window, each of them to itself and to the one before it."""
+    positions = torch.arange(q.size(1), device=q.device)
+    query = positions.view(-1, 1, 1, block_size, 1)
+    key = query[..., :1, :] + torch.arange(-block_size, block_size, device=q.device)
     mask = (key >= 0) & (key <= query) & (query - key <= window)  # (blocks, 1, 1, size, 2 size)
-    q, k, v = (x.unflatten(1, (-1, size)) for x in (q, k, v))
-    k, v = (torch.cat([x.roll(1, 1), x], dim=2) for x in (k, v))  # masked for the first
-    return softmax_attention(q, k, v, mask).flatten(1, 2)
+    q = q.unflatten(1, (-1, block_size))
+    k = k.unflatten(1, (-1, block_size))
+    v = v.unflatten(1, (-1, block_size))
+    k = torch.cat([k.roll(1, dims=1), k], dim=2)  # what the first block gets here is masked
+    v = torch.cat([v.roll(1, dims=1), v], dim=2)
+    return masked_attention(q, k, v, mask).flatten(1, 2)
+
+
+def attend_by_quarters(q, k, v, window):
+    """Attend with a quarter of the queries at a time, to the keys that some of them see."""
+    T = q.size(1)
+    positions = torch.arange(T, device=q.device)
+    ago = positions[:, None] - positions
+    mask = (ago >= 0) & (ago <= window)
+    size = math.ceil(T / 4)
+    parts = []
+    for start in range(0, T, size):
+        queries = slice(start, start + size)
+        keys = slice(max(start - window, 0), start + size)
+        parts.append(masked_attention(q[:, queries], k[:, keys], v[:, keys], mask[queries, keys]))
+    return torch.cat(parts, dim=1)
+
+
+def blocked_attention(q, k, v, window):
+    """Attend in the smallest equal blocks that cover the window, in quarters if none are small."""
+    T = q.size(1)
+    for block_size in range(max(window, 1), T // 4 + 1):
+        if T % block_size == 0:
+            return attend_by_blocks(q, k, v, window, block_size)
+    return attend_by_quarters(q, k, v, window)
 
 
 def make_attention(backend, seq_len, window, device):
@@ -113,18 +152,21 @@ def make_attention(backend, seq_len, window, device):
     window = min(window, seq_len)
     if backend == "flash-attn3":
         return functools.partial(flash_attention_3(), causal=True, window_size=(window, 0))
-    if backend == "sdpa":
-        return functools.partial(sdpa, window=window)
+    if backend == "blocked":
+        return functools.partial(blocked_attention, window=window)
 
-    def banded(b, h, query, key):
+    def is_seen(b, h, query, key):
         return (key <= query) & (query - key <= window)
 
-    make_mask = functools.partial(create_block_mask, banded, None, None, device=device)
-    whole = make_mask(seq_len, seq_len)
+    make_mask = functools.partial(create_block_mask, is_seen, None, None, device=device)
+    full_mask = make_mask(seq_len, seq_len)
 
     def flex(q, k, v):
-        mask = whole if q.size(1) == seq_len else make_mask(q.size(1), q.size(1))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        T = q.size(1)
+        mask = full_mask if seq_len == T else make_mask(T, T)
+        q = q.transpose(1, 2)
+        k = k.transpose(1, 2)
+        v = v.transpose(1, 2)
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
     return flex
@@ -134,7 +176,7 @@ def make_attention(backend, seq_len, window, device):
 
 
 class Linear(nn.Module):
-    """Linear map: weights uniform with this std, cast to the dtype of the input as by autocast."""
+    """Linear map without bias: weights uniform with this std, cast to the dtype of the input."""
 
     def __init__(self, in_features, out_features, std):
         super().__init__()
@@ -161,7 +203,8 @@ def rotary_tables(seq_len, head_dim, device):
 
 def apply_rotary(x, rotary):
     """Rotate the channel pairs of x (B, T, H, D) by position (Su et al., arXiv 2104.09864)."""
-    (cos, sin), (x1, x2) = rotary.unbind(0), x.chunk(2, dim=-1)
+    cos, sin = rotary.unbind(0)
+    x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
@@ -173,7 +216,9 @@ class Attention(nn.Module):
 
     def __init__(self, model_dim, n_head, n_kv_head, has_value_embed, attend):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, model_dim // n_head
+        self.n_head = n_head
+        self.n_kv_head = n_kv_head
+        self.head_dim = model_dim // n_head
         std = model_dim**-0.5
         self.c_q = Linear(model_dim, n_head * self.head_dim, std)
         self.c_k = Linear(model_dim, n_kv_head * self.head_dim, std)
@@ -190,8 +235,25 @@ class Attention(nn.Module):
         if value_embed is not None:
             gate = 2 * torch.sigmoid(self.gate(x[..., :32]))  # (B, T, H_kv)
             v = v + gate[..., None] * value_embed.view(v.shape)
-        q, k = norm(apply_rotary(q, rotary)), norm(apply_rotary(k, rotary))
+        # A rotation changes no length: norm first is the same function, and keeps less in memory
+        q = apply_rotary(norm(q), rotary)
+        k = apply_rotary(norm(k), rotary)
         return self.c_proj(self.attend(q, k, v).reshape(B, T, -1))
+
+
+class ReluSquared(torch.autograd.Function):
+    """The square of relu(x), which keeps its result alone for the backward pass, not x as well."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = F.relu(x).square()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return 2 * y.sqrt() * grad
 
 
 class MLP(nn.Module):
@@ -203,11 +265,14 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * model_dim, model_dim, std=0)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(ReluSquared.apply(self.c_fc(x)))
 
 
 class Block(nn.Module):
-    """Residual attention and residual MLP, on a mix of x and where it began."""
+    """Attention and MLP, each added to the residual stream x.
+
+    x0, the token embedding, is mixed back in before.
+    """
 
     def __init__(self, model_dim, *attention_args):
         super().__init__()
@@ -229,35 +294,42 @@ def softcap(logits):
 
 def head_loss(x, weight, targets):
     """Return the summed cross-entropy in nats of x (N, C) through lm_head's weight (V, C)."""
-    logits = softcap(F.linear(x, weight))
+    logits = softcap(F.linear(norm(x), weight))
     log_sum = logits.exp().sum(dim=-1).log()  # SOFTCAP bounds it: no maximum is needed
-    return (log_sum - logits.gather(1, targets[:, None])[:, 0]).sum()
+    # Not gather: its derivative would first fill a tensor of the logits' size with zeros
+    is_target = torch.arange(logits.size(1), device=x.device) == targets[:, None]
+    return (log_sum - torch.where(is_target, logits, 0).sum(dim=-1)).sum()
 
 
 class SlicedLoss(torch.autograd.Function):
     """Mean of a loss that is a sum over tokens, its gradients computed on the way.
 
-    loss_and_grads: torch.func.grad_and_value of head_loss, or of what takes its place. The logits
+    loss_and_grads is torch.func.grad_and_value of head_loss, or of what takes its place. The logits
     are by far the largest tensor of a batch, so they are made, used and dropped a slice of tokens
     at a time (Wijmans et al., arXiv 2411.09009).
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, loss_and_grads):
-        w, sums, dx, dw = weight.to(x.dtype), [], [], torch.zeros_like(weight, dtype=torch.float)
-        for x_slice, target in zip(x.split(LOSS_SLICE), targets.split(LOSS_SLICE), strict=True):
-            (dx_slice, dw_slice), loss_sum = loss_and_grads(x_slice, w, target)
-            sums.append(loss_sum)
-            dx.append(dx_slice)
-            dw += dw_slice
-        ctx.save_for_backward(torch.cat(dx), dw)
-        ctx.num_tokens = len(targets)
-        return torch.stack(sums).sum() / ctx.num_tokens
+        cast_weight = weight.to(x.dtype)
+        flat_x = x.flatten(0, -2)  # (N, C)
+        flat_targets = targets.flatten()
+        dx = torch.empty_like(flat_x)
+        dw = torch.zeros_like(weight, dtype=torch.float)
+        loss_sum = torch.zeros((), device=x.device)
+        for start in range(0, len(flat_x), LOSS_SLICE):
+            part = slice(start, start + LOSS_SLICE)
+            grads, loss = loss_and_grads(flat_x[part], cast_weight, flat_targets[part])
+            dx[part] = grads[0]
+            dw += grads[1]
+            loss_sum += loss
+        ctx.save_for_backward(dx.view(x.shape), dw)
+        return loss_sum / len(flat_x)
 
     @staticmethod
     def backward(ctx, grad_loss):
         dx, dw = ctx.saved_tensors
-        scale = grad_loss / ctx.num_tokens
+        scale = grad_loss / dx[..., 0].numel()
         return dx * scale.to(dx.dtype), dw * scale, None, None
 
 
@@ -268,11 +340,14 @@ class GPT(nn.Module):
         self, vocab_size, seq_len, depth, model_dim, n_head, n_kv_head, backend, dtype, device
     ):
         super().__init__()
-        self.loss = torch.func.grad_and_value(head_loss, argnums=(0, 1))  # of x and the weight
-        self.dtype, self.windows = dtype, layer_windows(WINDOW_PATTERN, depth, seq_len)
-        table_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        embedded = range((depth - 1) % 2, depth, 2)  # every second layer, the last one included
+        self.dtype = dtype
+        self.windows = layer_windows(WINDOW_PATTERN, depth, seq_len)
+        self.loss_and_grads = torch.func.grad_and_value(head_loss, argnums=(0, 1))  # x and weight
         attends = {w: make_attention(backend, seq_len, w, device) for w in set(self.windows)}
+        embedded = range((depth - 1) % 2, depth, 2)  # every second layer, the last one included
+        table_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        kv_dim = model_dim // n_head * n_kv_head
+        bound = math.sqrt(3 / model_dim)
         with device:
             self.wte = nn.Embedding(vocab_size, model_dim, dtype=table_dtype)  # drawn from N(0, 1)
             self.lm_head = Linear(model_dim, vocab_size, std=0)
@@ -282,25 +357,33 @@ class GPT(nn.Module):
                 for i, window in enumerate(self.windows)
             )
             self.value_embeds = nn.ModuleDict()
-            bound, kv_dim = math.sqrt(3 / model_dim), model_dim // n_head * n_kv_head
             for i in embedded:
                 table = torch.empty(vocab_size, kv_dim, dtype=table_dtype).uniform_(-bound, bound)
                 self.value_embeds[str(i)] = nn.Embedding.from_pretrained(table, freeze=False)
         rotary = rotary_tables(seq_len, model_dim // n_head, device).to(dtype)
         self.register_buffer("rotary", rotary, persistent=False)
 
-    def forward(self, idx, targets=None):
-        """Return logits (B, T, V), or with targets (B, T) the mean cross-entropy in nats."""
+    def trunk(self, idx):
+        """Return the residual stream (B, T, C) after the last block."""
         x = norm(self.wte(idx).to(self.dtype))
         x0 = x.view_as(x)  # a tensor of its own: were x0 x, block 0 would compile apart
         rotary = self.rotary[:, : idx.size(1)]
-        embeds = {i: table(idx).to(x.dtype) for i, table in self.value_embeds.items()}
         for i, block in enumerate(self.blocks):
-            x = block(x, x0, embeds.get(str(i)), rotary)
-        x = norm(x)
+            value_embed = None
+            if str(i) in self.value_embeds:
+                value_embed = self.value_embeds[str(i)](idx).to(x.dtype)
+            x = block(x, x0, value_embed, rotary)
+        return x
+
+    def forward(self, idx, targets=None):
+        """Return logits (B, T, V), or with targets (B, T) the mean cross-entropy in nats."""
+        with torch.enable_grad():  # compiled code is of one grad mode: evaluation runs training's
+            x = self.trunk(idx)
         if targets is None:
-            return softcap(self.lm_head(x))
-        return SlicedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.loss)
+            if not torch.is_grad_enabled():
+                x = x.detach()  # frees what the trunk has kept for a backward pass
+            return softcap(self.lm_head(norm(x)))
+        return SlicedLoss.apply(x, self.lm_head.weight, targets, self.loss_and_grads)
 
     def params_by_kind(self):
         """Return {kind: parameters}: the kind is a name in the path, or follows from the shape."""
@@ -332,7 +415,8 @@ class GPT(nn.Module):
 def layer_windows(pattern, depth, seq_len):
     """Return each layer's window in tokens: S a share of the context, L all; see WINDOW_PATTERN."""
     sizes = {"S": int(seq_len * SHORT_WINDOW), "L": seq_len}
-    return [sizes[letter] for letter in (pattern * depth)[: depth - 1] + pattern[-1]]
+    letters = (pattern * depth)[: depth - 1] + pattern[-1]
+    return [sizes[letter] for letter in letters]
 
 
 # --- Optimizer ------------------------------------------------------------------------------------
@@ -349,14 +433,14 @@ POLAR_EXPRESS = [
 
 def orthogonalize(grad, dtype):
     """Return the semi-orthogonal matrices nearest to grad (n, r, c), roughly, computed in dtype."""
-    tall = grad.size(-2) > grad.size(-1)
-    X = (grad.mT if tall else grad).to(dtype)
+    is_tall = grad.size(-2) > grad.size(-1)
+    X = (grad.mT if is_tall else grad).to(dtype)
     X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)  # bounds the spectral norm by 1
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
-    return X.mT if tall else X
+    return X.mT if is_tall else X
 
 
 def muon_update(params, grads, buffer, second_moment, lr, momentum, weight_decay, beta2, dtype):
@@ -390,29 +474,41 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2}
         super().__init__([{"params": group} for group in shapes.values()], defaults)
         self.update = torch.compile(muon_update, dynamic=False) if compiled else muon_update
-        self.dtype = choose_dtype(params[0].device)  # bf16 emulated is 25 times slower on a Zen 3
+        self.dtype = choose_dtype(params[0].device)
 
     @torch.no_grad()
     def step(self):
         """Update all parameters; every one of them must have a gradient."""
         for group in self.param_groups:
             params = group["params"]
-            state = self.state[params[0]]  # of the whole stack
             stack = torch.stack([p.data for p in params]).flatten(0, -3)
-            n, r, c = stack.shape
+            grads = torch.stack([p.grad for p in params]).flatten(0, -3)
+            state = self.state[params[0]]  # of the whole stack
             if not state:
+                n, r, c = stack.shape
                 state["momentum_buffer"] = torch.zeros_like(stack)
                 state["second_moment"] = stack.new_zeros((n, r, 1) if r >= c else (n, 1, c))
-            values = torch.tensor([group[key] for key in ("lr", "momentum", "weight_decay")])
-            values = values.to(stack.device, non_blocking=ON_CUDA).unbind(0)
-            grads = torch.stack([p.grad for p in params]).flatten(0, -3)
-            self.update(stack, grads, *state.values(), *values, group["beta2"], self.dtype)
-            torch._foreach_copy_(params, list(stack.view(-1, *params[0].shape).unbind(0)))
+            values = torch.tensor([group["lr"], group["momentum"], group["weight_decay"]])
+            lr, momentum, weight_decay = values.to(stack.device, non_blocking=ON_CUDA).unbind(0)
+            self.update(
+                stack,
+                grads,
+                state["momentum_buffer"],
+                state["second_moment"],
+                lr,
+                momentum,
+                weight_decay,
+                group["beta2"],
+                self.dtype,
+            )
+            updated = stack.view(-1, *params[0].shape).unbind(0)
+            torch._foreach_copy_(params, list(updated))
 
 
 def make_optimizers(model, compiled=False):
     """Return [AdamW, Muon]; every kind of parameter must have its settings here."""
-    kinds, scale = model.params_by_kind(), (model.wte.embedding_dim / 768) ** -0.5
+    kinds = model.params_by_kind()
+    scale = (model.wte.embedding_dim / 768) ** -0.5
     muon = Muon(kinds.pop("matrices"), MATRIX_LR, weight_decay=WEIGHT_DECAY, compiled=compiled)
     settings = {
         "wte": {"lr": EMBEDDING_LR * scale},
@@ -451,9 +547,9 @@ def muon_weight_decay(progress):
     return WEIGHT_DECAY * (1 - progress)
 
 
-# --- Main -----------------------------------------------------------------------------------------
+# --- Device ---------------------------------------------------------------------------------------
 
-# Dense bf16 peaks in FLOP/s by the vendors' datasheets; the first name that fits counts.
+# Dense bf16 peaks in FLOP/s by the vendors' datasheets; the first name that fits counts
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -464,6 +560,7 @@ PEAK_FLOPS = {
     "A100": 312e12,
     "L40S": 362e12,
 }
+ROOMY_BYTES = 48e9  # GPU memory from which DEVICE_BATCH_SIZE rows are tried before one is measured
 
 
 def peak_flops(device_name):
@@ -472,17 +569,30 @@ def peak_flops(device_name):
 
 
 def first_line(error):
-    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+    """Return the kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+def is_out_of_memory(error):
+    """Return whether an error of CUDA, of MPS or of a CPU says that memory is short."""
+    says_so = "out of memory" in str(error) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and says_so
+    )
 
 
 def choose_dtype(device):
     """Return bf16 where the device computes in it, else float32."""
-    # AMD Zen 5, 2 cores: matrix products ran over 4 times faster in bf16 than in float32
-    flags = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    native = flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16")
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if native else torch.float32
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        # On 2 cores of an AMD Zen 5 matrix products ran over 4 times faster than in float32, on a
+        # Zen 3, which has to emulate it, 25 times slower
+        flags = torch.cpu.get_capabilities()
+        has_bf16 = flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16")
+    else:
+        has_bf16 = False
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def tune_cpu():
@@ -490,100 +600,189 @@ def tune_cpu():
     for library in ("torch.utils.cpp_extension", "torch._inductor.scheduler"):
         logging.getLogger(library).setLevel(logging.CRITICAL + 1)  # of no CUDA, no compiler
     # Handing every large tensor back to the kernel costs a page fault for each of its pages
-    libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4  # of malloc.h
+    libc = ctypes.CDLL(None)
+    M_TRIM_THRESHOLD = -1  # these two are from malloc.h
+    M_MMAP_MAX = -4
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def compile_model(model, device):
-    """Return the model compiled: whole for a GPU; for a CPU by blocks, which share code."""
+    """Compile in place what takes the time: the loss; the trunk for a GPU, the blocks for a CPU."""
+    options = {}
     if device.type == "cuda":
-        return torch.compile(model, dynamic=False)
-    # Not tested, to save seconds: that the C++ compiler knows the CPU's vector instructions
-    jit = functools.partial(torch.compile, dynamic=False, options={"cpp.vec_isa_ok": True})
-    for block in model.blocks:
-        block.forward = jit(block.forward)
-    model.loss = jit(model.loss)
-    model.forward = torch.enable_grad()(model.forward)  # compiled code is of one grad mode
-    return model
+        # Whole, as kernels then reach across blocks: by tools/step.py 3.5 % faster than by blocks
+        model.trunk = torch.compile(model.trunk, dynamic=False)
+    else:
+        # By blocks, which share code. Not tested, to save seconds: that the C++ compiler knows the
+        # CPU's vector instructions
+        options = {"cpp.vec_isa_ok": True}
+        for block in model.blocks:
+            block.compile(dynamic=False, options=options)
+    model.loss_and_grads = torch.compile(model.loss_and_grads, dynamic=False, options=options)
+
+
+def warm_up(model, optimizers, rows, seq_len, vocab_size, device):
+    """Train on made-up tokens and score a batch of them, then clear gradients and optimizer state.
+
+    All that can fail, must be compiled or takes memory is tried here, before the clock starts.
+    Return the bytes of GPU memory that this took besides weights, gradients and optimizer state.
+    """
+    context = prepare.MAX_SEQ_LEN
+    tokens = torch.randint(vocab_size, (rows, context), device=device)
+    inputs = tokens[:, :seq_len].contiguous()
+    targets = inputs.clone()  # two tensors, as the loader gives: compiled code tells that apart
+    try:
+        for _ in range(2 if ON_CUDA else 1):  # 2nd: gradients and optimizer state in memory
+            model(inputs, targets).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        model.eval()
+        with torch.compiler.set_stance("eager_on_recompile"):
+            prepare.score_batch(model, tokens, tokens, vocab_size)
+        model.train()
+        return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() if ON_CUDA else 0
+    finally:
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.state.clear()
+
+
+def free_gpu_memory():
+    """Give back what is no longer in use, and forget the peak."""
+    if ON_CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def largest_divisor(number, limit):
+    """Return the largest divisor of a number that is not above the limit."""
+    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
+
+
+def remembered_rows():
+    """Return {model and card: rows a forward pass} of earlier runs; empty if it cannot be read."""
+    try:
+        return dict(json.loads((prepare.CACHE_DIR / "rows.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def remember_rows(key, rows):
+    """Add the rows that fitted to what later runs read."""
+    path = prepare.CACHE_DIR / "rows.json"
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(remembered_rows() | {key: rows}, indent=0))
+        temporary.replace(path)
+    except OSError as error:
+        print(f"not remembered for the next run: {first_line(error)}")
+
+
+# --- Main -----------------------------------------------------------------------------------------
 
 
 def main():
-    device = torch.device("cuda" if ON_CUDA else "mps" if torch.mps.is_available() else "cpu")
-    device_name = torch.cuda.get_device_name() if ON_CUDA else device.type
+    if ON_CUDA:
+        device = torch.device("cuda")
+        device_name = torch.cuda.get_device_name()
+        device_bytes = torch.cuda.get_device_properties(device).total_memory
+    else:
+        device = torch.device("mps" if torch.mps.is_available() else "cpu")
+        device_name = device.type
     if device.type == "cpu":
         tune_cpu()
     tokenizer = prepare.Tokenizer.from_directory()
-    vocab_size, context = tokenizer.vocab_size, prepare.MAX_SEQ_LEN
+    vocab_size = tokenizer.vocab_size
+    context = prepare.MAX_SEQ_LEN
     seq_len = context  # of a training row; evaluation has all of it
-    dtype, backend = choose_dtype(device), choose_attention(device)
-    # A CPU evaluates with what it trained with: compiling anew would take longer than it saves
-    eval_stance = "eager_on_recompile" if device.type == "cpu" else "default"
-    use_compile, n_head = device.type != "mps", math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)
-    model_dim, rows = n_head * HEAD_DIM, DEVICE_BATCH_SIZE
-    rows_a_step = max(1, TOTAL_BATCH_SIZE // seq_len)
+    dtype = choose_dtype(device)
     print(f"device: {device_name}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}")
     print(f"corpus: {prepare.CORPUS}, seed {prepare.SEED}, {vocab_size} tokens, context {context}")
+    backend = choose_attention(device)
+    use_compile = device.type != "mps"
 
-    # Warm-up on made-up tokens, before the clock: all that can fail or must be compiled is tried
+    # Model and warm-up. Memory decides the rows of a pass, the compiler whether there is one
+    n_head = math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)
+    model_dim = n_head * HEAD_DIM
+    rows_a_step = max(1, TOTAL_BATCH_SIZE // seq_len)
+    rows = largest_divisor(rows_a_step, DEVICE_BATCH_SIZE)
+    measure_a_row = False
+    if ON_CUDA:
+        sizes = (device_bytes, vocab_size, DEPTH, model_dim, seq_len, rows)
+        key = f"{device_name} {' '.join(map(str, sizes))}"
+        known_rows = remembered_rows().get(key)
+        measure_a_row = known_rows is None and device_bytes < ROOMY_BYTES
+        rows = largest_divisor(rows_a_step, known_rows or rows)
     while True:
-        rows = next(r for r in range(min(rows, rows_a_step), 0, -1) if rows_a_step % r == 0)
+        args = (vocab_size, context, DEPTH, model_dim, n_head, n_head, backend, dtype, device)
         try:
-            loader = prepare.make_dataloader(tokenizer, rows, seq_len, "train", device)
-            args = (vocab_size, context, DEPTH, model_dim, n_head, n_head, backend, dtype, device)
             model = GPT(*args)
-            forward = compile_model(model, device) if use_compile else model
-            optimizers = make_optimizers(model, use_compile and ON_CUDA)
-            inputs = torch.randint(vocab_size, (rows, context), device=device)
-            row = inputs[:, :seq_len].contiguous()
-            for _ in range(2 if ON_CUDA else 1):  # 2nd: gradients and optimizer state in memory
-                forward(row, row).backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-            with torch.compiler.set_stance(eval_stance):
-                prepare.score_batch(forward.eval(), inputs, inputs, vocab_size)
-            forward.train()
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-                optimizer.state.clear()
-            break
-        except torch.OutOfMemoryError:
-            if rows == 1:
-                sys.exit("train.py: out of memory with a single row: make the model smaller")
-            print(f"out of memory with {rows} rows a forward pass, trying {rows // 2}")
-            rows //= 2
+            if use_compile:
+                compile_model(model, device)
+            optimizers = make_optimizers(model, compiled=use_compile and ON_CUDA)
+            if not measure_a_row:
+                warm_up(model, optimizers, rows, seq_len, vocab_size, device)
+                break
+            row_bytes = warm_up(model, optimizers, 1, seq_len, vocab_size, device)
+            free_gpu_memory()
+            free_bytes, _ = torch.cuda.mem_get_info()
+            fitting = max(1, int(0.9 * free_bytes / row_bytes))
+            rows = largest_divisor(rows_a_step, min(rows, fitting))
+            print(f"a row takes {row_bytes / 2**20:.0f} MB: {rows} rows a forward pass")
+            measure_a_row = False
         except Exception as error:
-            if isinstance(cause := getattr(error, "inner_exception", error), OSError):
+            cause = getattr(error, "inner_exception", error)
+            if is_out_of_memory(error):
+                if rows == 1 or measure_a_row:
+                    sys.exit("train.py: out of memory with a single row: make the model smaller")
+                fewer = largest_divisor(rows_a_step, rows // 2)
+                print(f"out of memory with {rows} rows a forward pass, trying {fewer}")
+                rows = fewer
+            elif isinstance(cause, OSError):
                 sys.exit(f"train.py: {cause}: make it writable, or set TORCHINDUCTOR_CACHE_DIR")
-            if not use_compile:
+            elif use_compile:
+                print(f"torch.compile failed, running eagerly: {first_line(error)}")
+                use_compile = False
+                if backend == "flex":
+                    backend = "blocked"  # flex_attention is too slow where it is not compiled
+            else:
                 raise
-            print(f"torch.compile failed, running eagerly: {first_line(error)}")
-            use_compile, backend = False, backend.replace("flex", "sdpa")  # flex must compile
-        model = forward = optimizers = optimizer = inputs = row = cause = None  # to free memory
+        model = optimizers = None
         torch.compiler.reset()
-        if ON_CUDA:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-    grad_accum_steps = rows_a_step // rows
+        free_gpu_memory()
+    if ON_CUDA and rows != known_rows and rows < DEVICE_BATCH_SIZE:
+        remember_rows(key, rows)
+    free_gpu_memory()
+    passes_a_step = rows_a_step // rows
     torch.manual_seed(prepare.SEED)
     model.load_state_dict(GPT(*args).state_dict())  # fresh: warm-up has trained these
-    flops_per_token, num_params = model.flops_per_token(), model.num_params()
+    loader = prepare.make_dataloader(tokenizer, rows, seq_len, "train", device)
+    flops_per_token = model.flops_per_token()
+    num_params = model.num_params()
     print(f"attention: {backend}, compile: {'yes' if use_compile else 'no'}")
     print(f"parameters: {sum(num_params.values()):,} {num_params}")
-    print(f"FLOPs a token: {flops_per_token:.4e}, {grad_accum_steps} passes of {rows} rows a step")
+    print(f"FLOPs a token: {flops_per_token:.4e}, {passes_a_step} passes of {rows} rows a step")
 
     # Training
-    loss_sum, smooth_loss = torch.zeros((), device=device), torch.zeros((), device=device)
-    step, passes, total_tokens, shown_step, shown_tokens, shown_at = 0, 0, 0, 0, 0, 0.0
-    terminal, peak = sys.stdout.isatty(), peak_flops(device_name)
-    interval = 0.5 if terminal else prepare.TIME_BUDGET / 90  # seconds between reports
+    on_terminal = sys.stdout.isatty()
+    peak = peak_flops(device_name)
+    report_seconds = 0.5 if on_terminal else prepare.TIME_BUDGET / 90
+    loss_sum = torch.zeros((), device=device)
+    smooth_loss = torch.zeros((), device=device)
+    step = 0
+    passes = 0  # of the current step
+    total_tokens = 0
+    shown_step = 0  # these three: at the last report
+    shown_tokens = 0
+    shown_seconds = 0.0
     for inputs, targets in loader:
-        loss = forward(inputs, targets)
-        (loss / grad_accum_steps).backward()
-        loss_sum += loss.detach() / grad_accum_steps
+        loss = model(inputs, targets)
+        (loss / passes_a_step).backward()
+        loss_sum += loss.detach() / passes_a_step
         passes += 1
-        if passes < grad_accum_steps:
+        if passes < passes_a_step:
             continue
         progress = loader.progress
         for optimizer in optimizers:
@@ -594,17 +793,19 @@ def main():
                     group["weight_decay"] = muon_weight_decay(progress)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        step, passes, total_tokens = step + 1, 0, total_tokens + passes * inputs.numel()
+        step += 1
+        total_tokens += passes * inputs.numel()
+        passes = 0
         smooth_loss.lerp_(loss_sum, max(0.1, 1 / step))
         loss_sum.zero_()
 
-        due = step == 1 or loader.elapsed - shown_at >= interval
-        if due or not ON_CUDA:  # reading the loss makes the host wait for the GPU
+        is_due = step == 1 or loader.elapsed - shown_seconds >= report_seconds
+        if is_due or not ON_CUDA:  # reading the loss makes the host wait for the GPU
             train_loss = smooth_loss.item()
             if not math.isfinite(train_loss):
                 sys.exit(f"train.py: the loss is not finite at step {step}")
-        if due:
-            seconds = loader.elapsed - shown_at
+        if is_due:
+            seconds = loader.elapsed - shown_seconds
             speed = (total_tokens - shown_tokens) / seconds
             line = (
                 f"step {step:5d} ({loader.progress:6.1%}) | loss {train_loss:.4f} | "
@@ -613,21 +814,33 @@ def main():
                 f"{speed:,.0f} tok/s | mfu {100 * speed * flops_per_token / peak:.1f}% | "
                 f"epoch {loader.epoch} | {max(prepare.TIME_BUDGET - loader.elapsed, 0):.0f} s left"
             )
-            print(f"\r{line}" if terminal else line, end="" if terminal else "\n", flush=True)
-            shown_step, shown_tokens, shown_at = step, total_tokens, loader.elapsed
-    print(end="\n" if terminal else "")
-    if step == 0 or not math.isfinite(smooth_loss.item()):
-        sys.exit(f"train.py: {'the loss is not finite' if step else 'no step was finished'}")
+            if on_terminal:
+                print(f"\r{line}", end="", flush=True)
+            else:
+                print(line, flush=True)
+            shown_step = step
+            shown_tokens = total_tokens
+            shown_seconds = loader.elapsed
+    if on_terminal:
+        print()
+    if step == 0:
+        sys.exit("train.py: no step was finished")
+    if not math.isfinite(smooth_loss.item()):
+        sys.exit("train.py: the loss is not finite")
     training_seconds = loader.elapsed
 
-    # Summary: fixed interface, program.md greps it
-    with torch.compiler.set_stance(eval_stance):
-        bpb = prepare.evaluate_bpb(forward, tokenizer, rows, prepare.EVAL_SPLIT)
-    import resource  # here, as Windows has none, and prepare has said so by now
+    # Evaluation. A batch of another shape than warm-up's runs eagerly: compiling would take longer
+    with torch.compiler.set_stance("eager_on_recompile"):
+        bpb = prepare.evaluate_bpb(model, tokenizer, rows, prepare.EVAL_SPLIT)
+    if ON_CUDA:
+        peak_bytes = torch.cuda.max_memory_allocated()
+    else:
+        import resource  # here, as Windows has none, and prepare has said so by now
 
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, bytes
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    peak_bytes = torch.cuda.max_memory_allocated() if ON_CUDA else rss
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    # Summary: fixed interface, the ratchet reads it
     summary = {
         f"{prepare.EVAL_SPLIT}_bpb": f"{bpb:.6f}",
         "training_seconds": f"{training_seconds:.1f}",
@@ -639,8 +852,10 @@ def main():
         "num_params_M": f"{sum(num_params.values()) / 1e6:.1f}",
         "depth": f"{DEPTH}",
     }
-    print("---", *(f"{key + ':':<18}{value}" for key, value in summary.items()), sep="\n")
-    return {key: float(value) for key, value in summary.items()}
+    print("---")
+    for name, value in summary.items():
+        print(f"{name + ':':<18}{value}")
+    return {name: float(value) for name, value in summary.items()}
 
 
 if __name__ == "__main__":

@@ -108,7 +108,8 @@ def make_plain():
     """Turn train.py into the plain loop: eager, float32, torch's defaults, all logits at once."""
 
     def loss(x, weight, targets, _):
-        return F.cross_entropy(train.softcap(F.linear(x, weight)), targets)
+        logits = train.softcap(F.linear(train.norm(x), weight))
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
     train.SlicedLoss = SimpleNamespace(apply=loss)
     train.tune_cpu = lambda: None
