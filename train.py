@@ -573,6 +573,11 @@ def first_line(error):
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
+def cause_of(error):
+    """Return the error that the compiler wrapped into one of its own, or the error itself."""
+    return getattr(error, "inner_exception", error)
+
+
 def is_out_of_memory(error):
     """Return whether an error of CUDA, of MPS or of a CPU says that memory is short."""
     says_so = "out of memory" in str(error) or "can't allocate memory" in str(error)
@@ -733,15 +738,15 @@ def main():
             print(f"a row takes {row_bytes / 2**20:.0f} MB: {rows} rows a forward pass")
             measure_a_row = False
         except Exception as error:
-            cause = getattr(error, "inner_exception", error)
             if is_out_of_memory(error):
                 if rows == 1 or measure_a_row:
                     sys.exit("train.py: out of memory with a single row: make the model smaller")
                 fewer = largest_divisor(rows_a_step, rows // 2)
                 print(f"out of memory with {rows} rows a forward pass, trying {fewer}")
                 rows = fewer
-            elif isinstance(cause, OSError):
-                sys.exit(f"train.py: {cause}: make it writable, or set TORCHINDUCTOR_CACHE_DIR")
+            elif isinstance(cause_of(error), OSError):
+                advice = "make it writable, or set TORCHINDUCTOR_CACHE_DIR"
+                sys.exit(f"train.py: {cause_of(error)}: {advice}")
             elif use_compile:
                 print(f"torch.compile failed, running eagerly: {first_line(error)}")
                 use_compile = False
