@@ -951,7 +951,7 @@ def test_second_loader_does_not_restart_the_clock(cache, tokenizer, monkeypatch)
 
 def test_held_out_rows_do_not_start_the_clock(cache, tokenizer):
     first_batch(tokenizer)
-    assert prepare.Dataloader.clock_start is None
+    assert prepare.CLOCK.start is None
 
 
 def test_the_wall_ends_a_hung_process(prepared_cache):
@@ -981,8 +981,7 @@ def test_a_training_that_others_starve_says_so(cache, tokenizer, capsys, monkeyp
     monkeypatch.setattr(prepare, "TIME_BUDGET", 1.5)
 
     def train(work):
-        monkeypatch.setattr(prepare.Dataloader, "clock_start", None)
-        monkeypatch.setattr(prepare.Dataloader, "clock_end", None)
+        monkeypatch.setattr(prepare, "CLOCK", prepare.Clock())
         for _ in prepare.make_dataloader(tokenizer, 1, 64, "train", "cpu"):
             work()
         prepare.evaluate_bpb(uniform, tokenizer, 2)
