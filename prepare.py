@@ -523,6 +523,7 @@ class Clock:
     def __init__(self):
         self.start = None  # time.monotonic() when the first training batch was handed out
         self.end = None  # time.monotonic() when the data ended
+        self.num_tokens = 0  # handed out for training, by all loaders together
         self.processor = None  # processor_seconds() at the start
 
     @property
@@ -611,7 +612,12 @@ class Dataloader(Iterator):
         batch = self.next_rows(num_rows)
         if is_training:
             CLOCK.begin()
-        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+            CLOCK.num_tokens += num_rows * (batch.size(1) - 1)
+        # contiguous() would copy nothing where there is one row, and keep the longer row's stride:
+        # a stride that the compiler has not seen makes it compile the model again
+        inputs = batch[:, :-1].clone(memory_format=torch.contiguous_format)
+        targets = batch[:, 1:].clone(memory_format=torch.contiguous_format)
+        return inputs, targets
 
 
 def make_dataloader(tokenizer, batch_size, seq_len, split, device):
@@ -651,7 +657,36 @@ def score_batch(model, inputs, targets, vocab_size):
     return scores
 
 
-def check_causality(model, inputs, targets, vocab_size, scores):
+def copy_state(model):
+    """Return {name: bytes} of the model's parameters and buffers, uint8 copies on the CPU."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {
+        name: tensor.detach().to("cpu", copy=True).flatten().view(torch.uint8)
+        for name, tensor in tensors
+    }
+
+
+def check_unchanged(model, state, inputs, targets, vocab_size, scores):
+    """Raise ContractError if the model is not the one that gave these scores.
+
+    state: copy_state(model) from before. What the model learned from text that it was scored on
+    shows in its state, or in other scores for the same rows.
+    """
+    refusal = "the model is not the same at every call, and evaluation is no training"
+    after = copy_state(model)
+    for name in {**state, **after}:
+        is_same = name in state and name in after and torch.equal(state[name], after[name])
+        if not is_same:
+            raise ContractError(f"{refusal}: {name} changed while the model was scored")
+    again = score_batch(model, inputs, targets, vocab_size)
+    change = (again - scores).abs().max().item()
+    if change > PROBE_TOLERANCE:
+        nats = f"{scores[0].mean():.4f} nats a token, then {again[0].mean():.4f}"
+        what = f"its logits moved by {change:.4f} when the first rows were scored again ({nats})"
+        raise ContractError(f"{refusal}: {what}")
+
+
+def check_causality(model, state, inputs, targets, vocab_size, scores):
     """Raise ContractError if what the model says at t depends on tokens after t.
 
     Every row is cut at another position; all tokens after the cut are changed, and nothing up to
@@ -670,9 +705,10 @@ def check_causality(model, inputs, targets, vocab_size, scores):
         after = score_batch(model, changed, targets, vocab_size)
         has_moved = ((scores - after).abs() > PROBE_TOLERANCE).any(dim=0) & ~is_later
         if has_moved.any():
+            check_unchanged(model, state, inputs, targets, vocab_size, scores)  # it would move, too
             row, position = has_moved.nonzero()[0].tolist()
             what = f"logits at {position} moved when only tokens after {cuts[row]} were changed"
-            raise ContractError(f"the model is not causal, or not the same at every call: {what}")
+            raise ContractError(f"the model is not causal: {what}")
 
 
 def check_idle_time():
@@ -693,6 +729,12 @@ def print_machine_state():
     print(f"machine {state}: lacked {lacked:.1%} of processor time, {others:.1f} GiB of GPU")
 
 
+def print_clock():
+    """Print what the process was given to train on; fixed interface: ratchet.py reads it."""
+    seconds = (CLOCK.end or time.monotonic()) - CLOCK.start
+    print(f"clock: {CLOCK.num_tokens} tokens in {seconds:.1f} seconds")
+
+
 def print_changed_constants():
     """Name every constant of the contract that is not as shipped."""
     for name, value in SHIPPED.items():
@@ -705,25 +747,30 @@ def evaluate_bpb(model, tokenizer, batch_size, split="val"):
 
     The sum of -ln p(target) over ln 2 times the sum of the targets' bytes; special tokens count in
     neither. Raises ContractError unless model(inputs) gives finite logits (B, T, vocab_size) that
-    do not depend on later tokens, and when training went on after its data had ended.
+    do not depend on later tokens, if the model is not the same at the end, and if training went on
+    after its data had ended.
     """
     if CLOCK.start is not None:
         check_idle_time()
         print_machine_state()
+        print_clock()
     print_changed_constants()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     was_training = model.training
     model.eval()
+    state = copy_state(model)
+    first = None  # what was scored first
     sum_nats = 0.0
     sum_bytes = 0
-    batches = make_dataloader(tokenizer, batch_size, MAX_SEQ_LEN, split, device)
-    for i, (inputs, targets) in enumerate(batches):
+    for inputs, targets in make_dataloader(tokenizer, batch_size, MAX_SEQ_LEN, split, device):
         scores = score_batch(model, inputs, targets, tokenizer.vocab_size)
-        if i == 0:
-            check_causality(model, inputs, targets, tokenizer.vocab_size, scores)
+        if first is None:
+            first = (inputs, targets, tokenizer.vocab_size, scores)
+            check_causality(model, state, *first)
         num_bytes = tokenizer.token_bytes[targets.cpu()]
         sum_nats += scores[0].double()[num_bytes > 0].sum().item()
         sum_bytes += num_bytes.sum().item()
+    check_unchanged(model, state, *first)
     model.train(was_training)
     return sum_nats / (math.log(2) * sum_bytes)
 
