@@ -20,11 +20,12 @@ import shutil
 import sys
 import sysconfig
 import time
+import warnings
 from bisect import bisect_right, insort
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -56,7 +57,9 @@ if sys.platform == "win32":
 PROCESS_START = time.monotonic() - time.process_time()  # approximate: imports take one core
 
 # What the environment may set
-CORPUS = "climbmix" if torch.cuda.is_available() else "python"
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of a driver that is too old: check_device speaks of it
+    CORPUS = "climbmix" if torch.cuda.is_available() else "python"
 CORPUS = setting("AUTORESEARCH_CORPUS", CORPUS, "climbmix|python")
 EVAL_SPLIT = setting("AUTORESEARCH_SPLIT", "val", "val|test")  # test is for the person alone
 SEED = int(setting("AUTORESEARCH_SEED", "42", "[0-9]{1,18}"))  # measures noise, is no knob
@@ -70,8 +73,8 @@ EVAL_TOKENS = 40 * 2**19 if CORPUS == "climbmix" else 2**18  # tokens scored
 TIME_BUDGET = 300  # seconds of training, from the first training batch
 HARD_LIMIT = 600  # seconds of process life, then the process is ended
 MAX_IDLE = 10  # seconds that may pass from the end of training to the evaluation
-MAX_LACKED = 0.1  # share of the processor time that others may take from a quiet machine
-MAX_OTHERS = 4  # GiB of a GPU's memory that others may hold on a quiet machine
+MAX_LACKED = 0.1  # share of a run's processor time that others take on a quiet machine, at most
+MAX_OTHERS = 4  # GiB of a GPU's memory that others hold on a quiet machine, at most
 
 # Corpora
 VAL_SHARD = "shard_06542"
@@ -508,13 +511,119 @@ def pack(documents, row_len):
         yield row
 
 
-def processor_seconds():
-    """Return what this process's threads ran, and waited for a processor (0 but on Linux)."""
-    seconds = np.zeros(2)
-    for path in Path("/proc/self/task").glob("*/schedstat"):
-        with suppress(OSError):  # a thread that has just ended
-            seconds += np.array(path.read_text().split()[:2], float) / 1e9
-    return seconds
+# What torch.cuda.init() says where there is no device at all, and training on the CPU is right
+NO_DEVICE = (
+    "Torch not compiled with CUDA enabled",
+    "Found no NVIDIA driver",
+    "No CUDA GPUs are available",  # nor where CUDA_VISIBLE_DEVICES hides them
+)
+
+
+def check_device():
+    """Raise ContractError if there is an NVIDIA device that torch cannot use.
+
+    A run would else fail late, or go on slowly on the CPU. AUTORESEARCH_CORPUS=python says that the
+    CPU is meant.
+    """
+    if torch.cuda.is_available():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # many lines about a device too old or too new
+                torch.ones(1, device="cuda").add_(1).cpu()
+        except torch.OutOfMemoryError:
+            return  # the device works for somebody else, at least
+        except RuntimeError as error:
+            advice = "install a torch made for it, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+            raise unusable_device(error, advice) from None
+    elif os.environ.get("AUTORESEARCH_CORPUS") != "python":
+        try:
+            torch.cuda.init()
+        except (AssertionError, RuntimeError) as error:
+            if not any(text in str(error) for text in NO_DEVICE):
+                advice = "update the driver, or set AUTORESEARCH_CORPUS=python to use the CPU"
+                raise unusable_device(error, advice) from None
+
+
+def unusable_device(error, advice):
+    """Return a ContractError with torch's reason, the first line of its error."""
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    return ContractError(f"torch cannot use the NVIDIA device ({reason}): {advice}")
+
+
+class ProcessorTime(NamedTuple):
+    """Processor time up to now in seconds, summed over threads or processors; 0 if not known."""
+
+    ran: float = 0.0  # by this process
+    waited: float = 0.0  # by threads of this process that were ready to run
+    others: float = 0.0  # by other processes, on the processors that this one may use
+    stolen: float = 0.0  # from these processors, by the host of a virtual machine
+    throttled: float = 0.0  # what the quota of this control group held back (cgroup v2)
+    group_others: float = 0.0  # by other processes of this control group
+
+
+def read_processor_time(processors, proc=Path("/proc"), cgroups=Path("/sys/fs/cgroup")):
+    """Return the ProcessorTime of this process; processors: numbers of those that it may use."""
+    try:
+        ran, others, stolen = read_machine(processors, proc)
+        waited = read_waiting(proc)
+    except (OSError, ValueError):  # not Linux, or a sandbox that shows less than Linux does
+        return ProcessorTime()
+    try:
+        throttled, group = read_group(proc, cgroups)
+    except (OSError, ValueError, KeyError):  # no cgroup v2, or none that counts
+        return ProcessorTime(ran, waited, others, stolen)
+    return ProcessorTime(ran, waited, others, stolen, throttled, group - ran)
+
+
+def read_machine(processors, proc):
+    """Return the seconds that this process ran, that others ran, and that were stolen."""
+    ticks_a_second = os.sysconf("SC_CLK_TCK")
+    fields = (proc / "self/stat").read_text().rpartition(")")[2].split()  # from the third on
+    ran = int(fields[11]) + int(fields[12])  # user and system, ended threads included
+    busy = 0
+    stolen = 0
+    for line in (proc / "stat").read_text().splitlines():
+        name, *counts = line.split()
+        if name in {f"cpu{number}" for number in processors}:
+            user, nice, system, _, _, irq, softirq, steal = map(int, counts[:8])
+            busy += user + nice + system + irq + softirq
+            stolen += steal
+    return ran / ticks_a_second, (busy - ran) / ticks_a_second, stolen / ticks_a_second
+
+
+def read_waiting(proc):
+    """Return the seconds that the threads of this process were ready to run and did not."""
+    waited = 0
+    for path in (proc / "self/task").glob("*/schedstat"):
+        try:
+            waited += int(path.read_text().split()[1])
+        except OSError:  # a thread that has just ended
+            continue
+    return waited / 1e9
+
+
+def read_group(proc, cgroups):
+    """Return the seconds that a quota held this control group back, and that the group ran."""
+    (path,) = re.findall(r"(?m)^0::/(.*)$", (proc / "self/cgroup").read_text())
+    lines = (cgroups / path / "cpu.stat").read_text().splitlines()
+    microseconds = dict(line.split() for line in lines)
+    return int(microseconds["throttled_usec"]) / 1e6, int(microseconds["usage_usec"]) / 1e6
+
+
+def share_taken(before, after, seconds):
+    """Return the share of its time that others took from this process, 0 to 1.
+
+    before, after: readings of ProcessorTime, so many seconds apart. Waiting for one's own threads,
+    or because of one's own quota, is no neighbour's doing: others took no more than they ran.
+    """
+    pairs = zip(before, after, strict=True)
+    spent = ProcessorTime(*(max(end - start, 0.0) for start, end in pairs))
+    waited_for_a_processor = max(spent.waited - spent.throttled, 0.0)
+    taken = min(waited_for_a_processor, spent.others)
+    taken += min(spent.throttled, spent.group_others)
+    taken += spent.stolen
+    needed = max(spent.ran + taken, seconds)  # a process that waits for its GPU runs for less
+    return taken / needed if taken else 0.0
 
 
 class Clock:
@@ -524,7 +633,8 @@ class Clock:
         self.start = None  # time.monotonic() when the first training batch was handed out
         self.end = None  # time.monotonic() when the data ended
         self.num_tokens = 0  # handed out for training, by all loaders together
-        self.processor = None  # processor_seconds() at the start
+        self.processors = ()  # numbers of those that this process may use, on Linux
+        self.processor_time = None  # at the start
 
     @property
     def elapsed(self):
@@ -539,13 +649,20 @@ class Clock:
     def begin(self):
         """Start, unless already started."""
         if self.start is None:
-            self.processor = processor_seconds()
+            if sys.platform == "linux":
+                self.processors = os.sched_getaffinity(0)
+            self.processor_time = read_processor_time(self.processors)
             self.start = time.monotonic()
 
     def finish(self):
         """Note that the data has ended, unless already noted."""
         if self.end is None:
             self.end = time.monotonic()
+
+    def share_taken(self):
+        """Return the share of training's processor time that others took, 0 to 1."""
+        now = read_processor_time(self.processors)
+        return share_taken(self.processor_time, now, self.elapsed)
 
 
 CLOCK = Clock()  # one a process, whatever the number of loaders
@@ -628,8 +745,10 @@ def make_dataloader(tokenizer, batch_size, seq_len, split, device):
     (seconds since the process's first training batch), progress (elapsed / TIME_BUDGET, at most 1).
     split "val" or "test": the same rows once, at every batch size; the last batch may be short.
     Arms the hard wall if "train": at HARD_LIMIT the process ends, with stacks on stderr.
+    Raises ContractError if there is an NVIDIA device that torch cannot use.
     """
     if split == "train":
+        check_device()
         left = HARD_LIMIT - (time.monotonic() - PROCESS_START)
         faulthandler.dump_traceback_later(max(left, 0.1), exit=True, file=sys.__stderr__)
     return Dataloader(tokenizer, batch_size, seq_len, split, device)
@@ -719,14 +838,26 @@ def check_idle_time():
         raise ContractError(f"evaluation began {idle:.0f} s after the training time was over")
 
 
+def gpu_memory_of_others():
+    """Return the GiB of GPU memory that is not this process's own; its CUDA context counts."""
+    if not torch.cuda.is_available():
+        return 0.0
+    if torch.cuda.get_device_properties().is_integrated:
+        return 0.0  # it shares the machine's memory, where files that were read count as used
+    free, total = torch.cuda.mem_get_info()
+    return (total - free - torch.cuda.memory_reserved()) / 2**30
+
+
 def print_machine_state():
-    """Print how much of the machine others had while this process trained."""
-    ran, waited = processor_seconds() - CLOCK.processor
-    lacked = waited / (ran + waited or 1)
-    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
-    others = (total - free - torch.cuda.memory_reserved()) / 2**30  # our CUDA context included
-    state = "busy" if lacked > MAX_LACKED or others > MAX_OTHERS else "quiet"
-    print(f"machine {state}: lacked {lacked:.1%} of processor time, {others:.1f} GiB of GPU")
+    """Print how much others had of the machine that this process trained on.
+
+    Fixed interface: a line that begins with "machine busy:" makes the run invalid.
+    """
+    share = CLOCK.share_taken()
+    memory = gpu_memory_of_others()
+    state = "busy" if share > MAX_LACKED or memory > MAX_OTHERS else "quiet"
+    what = f"took {share:.1%} of the processor time that training needed"
+    print(f"machine {state}: others {what} and hold {memory:.1f} GiB of the GPU")
 
 
 def print_clock():
@@ -782,6 +913,7 @@ def main():
     parser = argparse.ArgumentParser(description="Prepare data (of climbmix: N shards, -1: all).")
     parser.add_argument("--num-shards", type=int, default=NUM_TRAIN_SHARDS, metavar="N")
     num_shards = parser.parse_args().num_shards
+    check_device()
     start = time.monotonic()
     home = CACHE_DIR / CORPUS
     try:
