@@ -4,7 +4,7 @@
     uv run prepare.py --num-shards 40  # more training data (climbmix only)
 
 Sections: contract, corpora, tokenizer training, token shards, tokenizer, dataloader and clock,
-metric, command line.
+machine, metric, command line.
 """
 
 import argparse
@@ -511,121 +511,6 @@ def pack(documents, row_len):
         yield row
 
 
-# What torch.cuda.init() says where there is no device at all, and training on the CPU is right
-NO_DEVICE = (
-    "Torch not compiled with CUDA enabled",
-    "Found no NVIDIA driver",
-    "No CUDA GPUs are available",  # nor where CUDA_VISIBLE_DEVICES hides them
-)
-
-
-def check_device():
-    """Raise ContractError if there is an NVIDIA device that torch cannot use.
-
-    A run would else fail late, or go on slowly on the CPU. AUTORESEARCH_CORPUS=python says that the
-    CPU is meant.
-    """
-    if torch.cuda.is_available():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # many lines about a device too old or too new
-                torch.ones(1, device="cuda").add_(1).cpu()
-        except torch.OutOfMemoryError:
-            return  # the device works for somebody else, at least
-        except RuntimeError as error:
-            advice = "install a torch made for it, or set CUDA_VISIBLE_DEVICES= to use the CPU"
-            raise unusable_device(error, advice) from None
-    elif os.environ.get("AUTORESEARCH_CORPUS") != "python":
-        try:
-            torch.cuda.init()
-        except (AssertionError, RuntimeError) as error:
-            if not any(text in str(error) for text in NO_DEVICE):
-                advice = "update the driver, or set AUTORESEARCH_CORPUS=python to use the CPU"
-                raise unusable_device(error, advice) from None
-
-
-def unusable_device(error, advice):
-    """Return a ContractError with torch's reason, the first line of its error."""
-    reason = str(error).strip().partition("\n")[0].rstrip(".")
-    return ContractError(f"torch cannot use the NVIDIA device ({reason}): {advice}")
-
-
-class ProcessorTime(NamedTuple):
-    """Processor time up to now in seconds, summed over threads or processors; 0 if not known."""
-
-    ran: float = 0.0  # by this process
-    waited: float = 0.0  # by threads of this process that were ready to run
-    others: float = 0.0  # by other processes, on the processors that this one may use
-    stolen: float = 0.0  # from these processors, by the host of a virtual machine
-    throttled: float = 0.0  # what the quota of this control group held back (cgroup v2)
-    group_others: float = 0.0  # by other processes of this control group
-
-
-def read_processor_time(processors, proc=Path("/proc"), cgroups=Path("/sys/fs/cgroup")):
-    """Return the ProcessorTime of this process; processors: numbers of those that it may use."""
-    try:
-        ran, others, stolen = read_machine(processors, proc)
-        waited = read_waiting(proc)
-    except (OSError, ValueError):  # not Linux, or a sandbox that shows less than Linux does
-        return ProcessorTime()
-    try:
-        throttled, group = read_group(proc, cgroups)
-    except (OSError, ValueError, KeyError):  # no cgroup v2, or none that counts
-        return ProcessorTime(ran, waited, others, stolen)
-    return ProcessorTime(ran, waited, others, stolen, throttled, group - ran)
-
-
-def read_machine(processors, proc):
-    """Return the seconds that this process ran, that others ran, and that were stolen."""
-    ticks_a_second = os.sysconf("SC_CLK_TCK")
-    fields = (proc / "self/stat").read_text().rpartition(")")[2].split()  # from the third on
-    ran = int(fields[11]) + int(fields[12])  # user and system, ended threads included
-    busy = 0
-    stolen = 0
-    for line in (proc / "stat").read_text().splitlines():
-        name, *counts = line.split()
-        if name in {f"cpu{number}" for number in processors}:
-            user, nice, system, _, _, irq, softirq, steal = map(int, counts[:8])
-            busy += user + nice + system + irq + softirq
-            stolen += steal
-    return ran / ticks_a_second, (busy - ran) / ticks_a_second, stolen / ticks_a_second
-
-
-def read_waiting(proc):
-    """Return the seconds that the threads of this process were ready to run and did not."""
-    waited = 0
-    for path in (proc / "self/task").glob("*/schedstat"):
-        try:
-            waited += int(path.read_text().split()[1])
-        except OSError:  # a thread that has just ended
-            continue
-    return waited / 1e9
-
-
-def read_group(proc, cgroups):
-    """Return the seconds that a quota held this control group back, and that the group ran."""
-    (path,) = re.findall(r"(?m)^0::/(.*)$", (proc / "self/cgroup").read_text())
-    lines = (cgroups / path / "cpu.stat").read_text().splitlines()
-    microseconds = dict(line.split() for line in lines)
-    return int(microseconds["throttled_usec"]) / 1e6, int(microseconds["usage_usec"]) / 1e6
-
-
-def share_taken(before, after, seconds):
-    """Return the share of its time that others took from this process, 0 to 1.
-
-    before, after: readings of ProcessorTime, so many seconds apart. Waiting for one's own threads,
-    or because of one's own quota, is no neighbour's doing: others took no more than they ran.
-    """
-    pairs = zip(before, after, strict=True)
-    spent = ProcessorTime(*(max(end - start, 0.0) for start, end in pairs))
-    waited_for_a_processor = max(spent.waited - spent.throttled, 0.0)
-    taken = min(waited_for_a_processor, spent.others)
-    taken += min(spent.throttled, spent.group_others)
-    taken += spent.stolen
-    needed = max(spent.ran + taken, seconds)  # a process that waits for its GPU runs for less
-    return taken / needed if taken else 0.0
-
-
 class Clock:
     """The training clock of a process: it starts with the first training batch and never again."""
 
@@ -754,6 +639,146 @@ def make_dataloader(tokenizer, batch_size, seq_len, split, device):
     return Dataloader(tokenizer, batch_size, seq_len, split, device)
 
 
+# --- Machine --------------------------------------------------------------------------------------
+
+# What torch.cuda.init() says where there is no device at all, and training on the CPU is right
+NO_DEVICE = (
+    "Torch not compiled with CUDA enabled",
+    "Found no NVIDIA driver",
+    "No CUDA GPUs are available",  # nor where CUDA_VISIBLE_DEVICES hides them
+)
+
+
+def check_device():
+    """Raise ContractError if there is an NVIDIA device that torch cannot use.
+
+    A run would else fail late, or go on slowly on the CPU. AUTORESEARCH_CORPUS=python says that the
+    CPU is meant.
+    """
+    if torch.cuda.is_available():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # many lines about a device too old or too new
+                torch.ones(1, device="cuda").add_(1).cpu()
+        except torch.OutOfMemoryError:
+            return  # the device works for somebody else, at least
+        except RuntimeError as error:
+            advice = "install a torch made for it, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+            raise unusable_device(error, advice) from None
+    elif os.environ.get("AUTORESEARCH_CORPUS") != "python":
+        try:
+            torch.cuda.init()
+        except (AssertionError, RuntimeError) as error:
+            if not any(text in str(error) for text in NO_DEVICE):
+                advice = "update the driver, or set AUTORESEARCH_CORPUS=python to use the CPU"
+                raise unusable_device(error, advice) from None
+
+
+def unusable_device(error, advice):
+    """Return a ContractError with torch's reason, the first line of its error."""
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    return ContractError(f"torch cannot use the NVIDIA device ({reason}): {advice}")
+
+
+class ProcessorTime(NamedTuple):
+    """Processor time up to now in seconds, summed over threads or processors; 0 if not known."""
+
+    ran: float = 0.0  # by this process
+    waited: float = 0.0  # by threads of this process that were ready to run
+    others: float = 0.0  # by other processes, on the processors that this one may use
+    stolen: float = 0.0  # from these processors, by the host of a virtual machine
+    throttled: float = 0.0  # what the quota of this control group held back (cgroup v2)
+    group_others: float = 0.0  # by other processes of this control group
+
+
+def read_processor_time(processors, proc=Path("/proc"), cgroups=Path("/sys/fs/cgroup")):
+    """Return the ProcessorTime of this process; processors: numbers of those that it may use."""
+    try:
+        ran, others, stolen = read_machine(processors, proc)
+        waited = read_waiting(proc)
+    except (OSError, ValueError):  # not Linux, or a sandbox that shows less than Linux does
+        return ProcessorTime()
+    try:
+        throttled, group = read_group(proc, cgroups)
+    except (OSError, ValueError, KeyError):  # no cgroup v2, or none that counts
+        return ProcessorTime(ran, waited, others, stolen)
+    return ProcessorTime(ran, waited, others, stolen, throttled, group - ran)
+
+
+def read_machine(processors, proc):
+    """Return the seconds that this process ran, that others ran, and that were stolen."""
+    ticks_a_second = os.sysconf("SC_CLK_TCK")
+    fields = (proc / "self/stat").read_text().rpartition(")")[2].split()  # from the third on
+    ran = int(fields[11]) + int(fields[12])  # user and system, ended threads included
+    busy = 0
+    stolen = 0
+    names = {f"cpu{number}" for number in processors}
+    for line in (proc / "stat").read_text().splitlines():
+        name, *counts = line.split()
+        if name in names:
+            user, nice, system, _, _, irq, softirq, steal = map(int, counts[:8])
+            busy += user + nice + system + irq + softirq
+            stolen += steal
+    return ran / ticks_a_second, (busy - ran) / ticks_a_second, stolen / ticks_a_second
+
+
+def read_waiting(proc):
+    """Return the seconds that the threads of this process were ready to run and did not."""
+    waited = 0
+    for path in (proc / "self/task").glob("*/schedstat"):
+        try:
+            waited += int(path.read_text().split()[1])
+        except OSError:  # a thread that has just ended
+            continue
+    return waited / 1e9
+
+
+def read_group(proc, cgroups):
+    """Return the seconds that a quota held this control group back, and that the group ran."""
+    (path,) = re.findall(r"(?m)^0::/(.*)$", (proc / "self/cgroup").read_text())
+    lines = (cgroups / path / "cpu.stat").read_text().splitlines()
+    microseconds = dict(line.split() for line in lines)
+    return int(microseconds["throttled_usec"]) / 1e6, int(microseconds["usage_usec"]) / 1e6
+
+
+def share_taken(before, after, seconds):
+    """Return the share of its time that others took from this process, 0 to 1.
+
+    before, after: readings of ProcessorTime, so many seconds apart. Waiting for one's own threads,
+    or because of one's own quota, is no neighbour's doing: others took no more than they ran.
+    """
+    pairs = zip(before, after, strict=True)
+    spent = ProcessorTime(*(max(end - start, 0.0) for start, end in pairs))
+    waited_for_a_processor = max(spent.waited - spent.throttled, 0.0)
+    taken = min(waited_for_a_processor, spent.others)
+    taken += min(spent.throttled, spent.group_others)
+    taken += spent.stolen
+    needed = max(spent.ran + taken, seconds)  # a process that waits for its GPU runs for less
+    return taken / needed if taken else 0.0
+
+
+def gpu_memory_of_others():
+    """Return the GiB of GPU memory that is not this process's own; its CUDA context counts."""
+    if not torch.cuda.is_available():
+        return 0.0
+    if torch.cuda.get_device_properties().is_integrated:
+        return 0.0  # it shares the machine's memory, where files that were read count as used
+    free, total = torch.cuda.mem_get_info()
+    return (total - free - torch.cuda.memory_reserved()) / 2**30
+
+
+def print_machine_state():
+    """Print how much others had of the machine that this process trained on.
+
+    Fixed interface: a line that begins with "machine busy:" makes the run invalid.
+    """
+    share = CLOCK.share_taken()
+    memory = gpu_memory_of_others()
+    state = "busy" if share > MAX_LACKED or memory > MAX_OTHERS else "quiet"
+    what = f"took {share:.1%} of the processor time that training needed"
+    print(f"machine {state}: others {what} and hold {memory:.1f} GiB of the GPU")
+
+
 # --- Metric ---------------------------------------------------------------------------------------
 
 
@@ -836,28 +861,6 @@ def check_idle_time():
     idle = time.monotonic() - end
     if idle > MAX_IDLE:
         raise ContractError(f"evaluation began {idle:.0f} s after the training time was over")
-
-
-def gpu_memory_of_others():
-    """Return the GiB of GPU memory that is not this process's own; its CUDA context counts."""
-    if not torch.cuda.is_available():
-        return 0.0
-    if torch.cuda.get_device_properties().is_integrated:
-        return 0.0  # it shares the machine's memory, where files that were read count as used
-    free, total = torch.cuda.mem_get_info()
-    return (total - free - torch.cuda.memory_reserved()) / 2**30
-
-
-def print_machine_state():
-    """Print how much others had of the machine that this process trained on.
-
-    Fixed interface: a line that begins with "machine busy:" makes the run invalid.
-    """
-    share = CLOCK.share_taken()
-    memory = gpu_memory_of_others()
-    state = "busy" if share > MAX_LACKED or memory > MAX_OTHERS else "quiet"
-    what = f"took {share:.1%} of the processor time that training needed"
-    print(f"machine {state}: others {what} and hold {memory:.1f} GiB of the GPU")
 
 
 def print_clock():
