@@ -4,11 +4,12 @@
     uv run prepare.py --num-shards 40  # more training data (climbmix only)
 
 Sections: contract, corpora, tokenizer training, token shards, tokenizer, dataloader and clock,
-metric, command line.
+machine, metric, command line.
 """
 
 import argparse
 import faulthandler
+import functools
 import hashlib
 import itertools
 import json
@@ -19,11 +20,12 @@ import shutil
 import sys
 import sysconfig
 import time
+import warnings
 from bisect import bisect_right, insort
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,8 +36,9 @@ import tiktoken
 import torch
 from torch.nn.functional import cross_entropy
 
-
 # --- Contract -------------------------------------------------------------------------------------
+
+
 class ContractError(SystemExit):
     """One line for the person who reads it; not caught, it ends the process with status 1."""
 
@@ -50,37 +53,56 @@ def setting(name, default, pattern):
 
 if sys.platform == "win32":
     raise ContractError("this runs on Linux, on macOS, and on Windows inside WSL")
+
 PROCESS_START = time.monotonic() - time.process_time()  # approximate: imports take one core
-CORPUS = "climbmix" if torch.cuda.is_available() else "python"
+
+# What the environment may set
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of a driver that is too old: check_device speaks of it
+    CORPUS = "climbmix" if torch.cuda.is_available() else "python"
 CORPUS = setting("AUTORESEARCH_CORPUS", CORPUS, "climbmix|python")
-EVAL_SPLIT = setting("AUTORESEARCH_SPLIT", "val", "val|test")  # test: for the person alone
-SEED = int(setting("AUTORESEARCH_SEED", "42", "[0-9]{1,18}"))  # no hyperparameter: noise
+EVAL_SPLIT = setting("AUTORESEARCH_SPLIT", "val", "val|test")  # test is for the person alone
+SEED = int(setting("AUTORESEARCH_SEED", "42", "[0-9]{1,18}"))  # measures noise, is no knob
 CACHE_DIR = Path(setting("AUTORESEARCH_CACHE", "~/.cache/autoresearch", ".+")).expanduser()
 HF_ENDPOINT = setting("HF_ENDPOINT", "https://huggingface.co", "https?://.+").rstrip("/")
+
+# What every run has in common
 MAX_SEQ_LEN = 2048  # tokens of context
 VOCAB_SIZE = 8192 if CORPUS == "climbmix" else 4096  # tokens, special ones included
 EVAL_TOKENS = 40 * 2**19 if CORPUS == "climbmix" else 2**18  # tokens scored
 TIME_BUDGET = 300  # seconds of training, from the first training batch
 HARD_LIMIT = 600  # seconds of process life, then the process is ended
-MAX_IDLE = 10  # seconds from the end of training to the evaluation
-MAX_LACKED, MAX_OTHERS = 0.1, 4  # share of processor time, GiB of GPU that others may have
-VAL_SHARD, TEST_SHARD = "shard_06542", "shard_06541"  # every other shard is training
+MAX_IDLE = 10  # seconds that may pass from the end of training to the evaluation
+MAX_LACKED = 0.1  # share of a run's processor time that others take on a quiet machine, at most
+MAX_OTHERS = 4  # GiB of a GPU's memory that others hold on a quiet machine, at most
+
+# Corpora
+VAL_SHARD = "shard_06542"
+TEST_SHARD = "shard_06541"  # every other shard is training
 NUM_TRAIN_SHARDS = 20  # about 1.1 G tokens: 500 M packed ones, crops lost, stay within one epoch
-PYTHON_CORPUS_CHARS = 10**8  # text taken from the environment, at most
-DOWNLOAD_TRIES, MAX_WAIT, DOWNLOAD_TIMEOUT = 4, 300, (3, 15)  # seconds to wait; connect, read
+PYTHON_CORPUS_CHARS = 10**8  # characters of Python source taken from the environment, at most
+DOWNLOAD_TRIES = 4  # per shard
+DOWNLOAD_TIMEOUT = (3, 15)  # seconds to connect, seconds between two pieces of the answer
+MAX_WAIT = 300  # seconds between two tries, whatever the server asks for
+
+# Tokenizer and token shards
 SPLIT_PATTERN = (  # GPT-4's, with numbers in groups of at most two digits
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(4))  # the first begins every document
-TRAIN_CHARS, TRAIN_DOCUMENT_CHARS = 10**9, 10_000  # characters the tokenizer is trained on
-PIECE_CHARS = 10**5  # encoded at once: tiktoken fails on white space of megabytes
-GROUP_DOCUMENTS, BUFFER_DOCUMENTS = 1024, 1000  # in a row group; that the packer chooses from
-SCORE_TOKENS = 8192 if CORPUS == "climbmix" else 128  # whose log-softmax is in memory at once
-PROBE_ROWS = 64 if CORPUS == "climbmix" else 16  # that the causality probe cuts, at least
-PROBE_TOLERANCE = 1e-3  # nats; equal inputs may differ by this much from pass to pass
+TRAIN_CHARS = 10**9  # characters that the tokenizer is trained on, at most
+TRAIN_DOCUMENT_CHARS = 10_000  # characters of one document among them, at most
+PIECE_CHARS = 10**5  # characters encoded at once: tiktoken fails on white space of megabytes
+GROUP_DOCUMENTS = 1024  # documents in a row group
+BUFFER_DOCUMENTS = 1000  # documents that the packer chooses from
+
+# Evaluation
+SCORE_TOKENS = 8192 if CORPUS == "climbmix" else 128  # tokens whose log-softmax is held at once
+PROBE_ROWS = 64 if CORPUS == "climbmix" else 16  # rows that the causality probe cuts, at least
+PROBE_TOLERANCE = 1e-3  # nats by which equal inputs may differ from pass to pass
+
 SHIPPED = {name: value for name, value in globals().items() if name.isupper()}
-PREPARE, RENEW = "run `uv run prepare.py`", "delete it, run `uv run prepare.py`"
 
 
 def contract():
@@ -95,54 +117,92 @@ def folder(kind):
 
 def shard_paths(kind, split):
     """Return the shards of a split, sorted; raise ContractError if there is none."""
+    suffix = {"data": ".parquet", "tokens": ".arrow"}[kind]
     held_out = {VAL_SHARD: "val", TEST_SHARD: "test"}
-    paths = sorted(folder(kind).glob({"data": "*.parquet", "tokens": "*.arrow"}[kind]))
+    paths = sorted(folder(kind).glob(f"*{suffix}"))
     paths = [path for path in paths if held_out.get(path.stem, "train") == split]
     if not paths:
-        raise ContractError(f"no {split} shard in {folder(kind)}: {PREPARE}")
+        raise ContractError(f"no {split} shard in {folder(kind)}: run `uv run prepare.py`")
     return paths
+
+
+def is_valid(read, *args):
+    """Return whether read(*args) accepts what it reads: there, whole and of this contract."""
+    try:
+        read(*args)
+    except ContractError:
+        return False
+    return True
 
 
 class Progress:
     """Print millions done and the rate: one updating line on a terminal, else now and then."""
 
     def __init__(self, label):
-        self.label, self.done, self.tty = label, 0, sys.stdout.isatty()
-        self.start = self.shown = time.monotonic()
+        self.label = label
+        self.done = 0
+        self.is_terminal = sys.stdout.isatty()
+        self.interval = 0.2 if self.is_terminal else 10  # seconds between two lines
+        self.start = time.monotonic()
+        self.shown = self.start
 
     def update(self, count, final=False):
-        self.done, now = self.done + count, time.monotonic()
-        if (final and self.done) or now - self.shown > (0.2 if self.tty else 10):
+        """Add to what is done; the final call prints it, if there was anything to do."""
+        self.done += count
+        now = time.monotonic()
+        is_due = now - self.shown > self.interval
+        if is_due or (final and self.done):
             rate = self.done / (now - self.start + 1e-9)
             line = f"{self.label}: {self.done / 1e6:.1f} M, {rate / 1e6:.2f} M/s"
-            line, end = (f"\r{line:<79}", "\n" * final) if self.tty else (line, "\n")
-            print(line, end=end, flush=True)
+            if self.is_terminal:
+                print(f"\r{line:<79}", end="\n" if final else "", flush=True)
+            else:
+                print(line, flush=True)
             self.shown = now
 
 
 # --- Corpora --------------------------------------------------------------------------------------
+
+
 def fetch(url, part, progress):
-    """Download url into the file `part`, going on where an earlier try stopped; check sha256."""
+    """Download url into the file `part`, going on where an earlier try stopped.
+
+    Raises ValueError if what came is not what was announced, else as requests does.
+    """
+    headers = {"Accept-Encoding": "identity"}
     have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    if have:
+        headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=DOWNLOAD_TIMEOUT) as response:
         if response.status_code == 416:
             raise ValueError("nothing left to resume")
         response.raise_for_status()
-        with part.open("ab" if response.status_code == 206 else "wb") as file:
+        mode = "ab" if response.status_code == 206 else "wb"  # 206: the range that was asked for
+        with part.open(mode) as file:
             for chunk in response.iter_content(2**14):
                 progress.update(file.write(chunk))
     sha256 = hashlib.sha256(part.read_bytes()).hexdigest()
-    etags = [a.headers.get("X-Linked-Etag", "").strip('"') for a in (response, *response.history)]
-    if any(len(etag) == 64 and etag != sha256 for etag in etags):
-        raise ValueError("sha256 differs from the one announced")
+    for answer in (response, *response.history):
+        etag = answer.headers.get("X-Linked-Etag", "").strip('"')
+        if len(etag) == 64 and etag != sha256:
+            raise ValueError("sha256 differs from the one announced")
     pq.read_metadata(part)  # raises a ValueError of its own if this is no parquet
+
+
+def retry_after(response):
+    """Return the seconds that a server asks us to wait; None if it does not, or makes no sense."""
+    try:
+        return requests.adapters.Retry().get_retry_after(response)
+    except Exception:  # any text can stand in a header, and may fail to parse in many ways
+        return None
 
 
 def download(path, progress):
     """Bring one climbmix shard to its path; raise ContractError after the last try."""
     url = f"{HF_ENDPOINT}/datasets/karpathy/climbmix-400b-shuffle/resolve/main/{path.name}"
-    part, wait, reason = path.with_suffix(".part"), 0, None
+    part = path.with_suffix(".part")
+    reason = None
+    wait = 0  # seconds
     for attempt in range(DOWNLOAD_TRIES):
         if reason:
             print(f"{path.name}: {reason}, again in {min(wait, MAX_WAIT):.0f} s", flush=True)
@@ -150,13 +210,14 @@ def download(path, progress):
         wait = 2**attempt
         try:
             fetch(url, part, progress)
-            return part.replace(path)
+            part.replace(path)
+            return
         except requests.HTTPError as error:
             reason = error.response.status_code
-            if reason < 500 and reason not in (408, 429):
+            is_passing = reason >= 500 or reason in (408, 429)
+            if not is_passing:
                 break
-            with suppress(Exception):  # of a header that makes no sense
-                wait = requests.adapters.Retry().get_retry_after(error.response) or wait
+            wait = retry_after(error.response) or wait
         except requests.RequestException as error:
             reason = type(error).__name__
         except ValueError as error:  # not what was announced: begin again
@@ -169,14 +230,36 @@ def download(path, progress):
 def download_climbmix(num_shards):
     """Download the validation, the test and the first num_shards training shards (-1: all)."""
     folder("data").mkdir(parents=True, exist_ok=True)
-    most = int(TEST_SHARD[-5:])  # training shards that exist: all before it
-    train = [f"shard_{i:05d}" for i in range(most if num_shards < 0 else min(num_shards, most))]
-    paths = [folder("data") / f"{stem}.parquet" for stem in (VAL_SHARD, TEST_SHARD, *train)]
-    missing, progress = [path for path in paths if not path.exists()], Progress("bytes downloaded")
+    num_existing = int(TEST_SHARD.removeprefix("shard_"))  # training shards: all before it
+    if num_shards < 0 or num_shards > num_existing:
+        num_shards = num_existing
+    stems = [VAL_SHARD, TEST_SHARD]
+    stems += [f"shard_{i:05d}" for i in range(num_shards)]
+    paths = [folder("data") / f"{stem}.parquet" for stem in stems]
+    missing = [path for path in paths if not path.exists()]
     print(f"{len(missing)} shards of about 100 MB to download from {HF_ENDPOINT}", flush=True)
+    progress = Progress("bytes downloaded")
     for path in missing:
         download(path, progress)
     progress.update(0, final=True)
+
+
+def python_files(roots):
+    """Return [(hash of path and content, text)], sorted, and the number of unreadable files."""
+    files = []
+    num_unreadable = 0
+    for root in roots:
+        for path in root.rglob("*.py"):
+            name = str(path.relative_to(root))
+            if "site-packages" in name:  # below the standard library: another environment's
+                continue
+            try:
+                content = path.read_bytes()
+                digest = hashlib.sha256(name.encode() + content).digest()
+                files.append((digest, content.decode()))
+            except (OSError, UnicodeError):
+                num_unreadable += 1
+    return sorted(files), num_unreadable
 
 
 def python_documents(roots):
@@ -185,49 +268,49 @@ def python_documents(roots):
     A document is a top-level block. Order and split come from hashes of path and content: the same
     environment gives the same corpus, shuffled; no file has blocks in two splits, none comes twice.
     """
-    files, unreadable = [], 0
-    for root, path in ((base, path) for base in roots for path in base.rglob("*.py")):
-        name = str(path.relative_to(root))
-        if "site-packages" not in name:  # below the standard library: another environment's
-            try:
-                content = path.read_bytes()
-                files.append((hashlib.sha256(name.encode() + content).digest(), content.decode()))
-            except (OSError, UnicodeError):
-                unreadable += 1
-    splits, seen, size = {"train": [], "val": [], "test": []}, set(), 0
-    for digest, text in sorted(files):
+    files, num_unreadable = python_files(roots)
+    keyed = {"train": [], "val": [], "test": []}  # split: [(hash, document)]
+    seen = set()
+    num_chars = 0
+    for digest, text in files:
         split = {0: "val", 1: "test"}.get(digest[0] % 32, "train")
         for block in re.split(r"\n{3,}(?=\S)", text.replace("\r\n", "\n")):
             document = block.strip("\n") + "\n"
             key = hashlib.sha256(document.encode()).digest()
-            if key not in seen and size < PYTHON_CORPUS_CHARS and document.strip():
+            is_new = key not in seen and document.strip()
+            if is_new and num_chars < PYTHON_CORPUS_CHARS:
                 seen.add(key)
-                splits[split].append((key, document))
-                size += len(document)
-    return {split: [text for _, text in sorted(docs)] for split, docs in splits.items()}, unreadable
+                keyed[split].append((key, document))
+                num_chars += len(document)
+    splits = {split: [text for _, text in sorted(pairs)] for split, pairs in keyed.items()}
+    return splits, num_unreadable
 
 
 def build_python():
-    """Write the Python source of the running environment as parquet shards like climbmix's."""
-    with suppress(ContractError):
-        return [shard_paths("data", split) for split in ("train", "val", "test")]
-    roots = sorted({Path(sysconfig.get_path(p)) for p in ("stdlib", "purelib", "platlib")})
-    splits, unreadable = python_documents(roots)
-    temporary, stems = folder("data").with_name("data.tmp"), {"val": VAL_SHARD, "test": TEST_SHARD}
+    """Write the Python source of the running environment as parquet shards, unless done."""
+    if all(is_valid(shard_paths, "data", split) for split in ("train", "val", "test")):
+        return
+    roots = sorted({Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
+    splits, num_unreadable = python_documents(roots)
+    temporary = folder("data").with_name("data.tmp")
     for stale in (temporary, folder("data"), folder("tokens")):
         shutil.rmtree(stale, ignore_errors=True)
     temporary.mkdir()
+    stems = {"train": "shard_00000", "val": VAL_SHARD, "test": TEST_SHARD}
     for split, texts in splits.items():
         if not texts:
             raise ContractError(f"too little Python source below {roots}: no {split} documents")
-        path = temporary / f"{stems.get(split, 'shard_00000')}.parquet"
+        path = temporary / f"{stems[split]}.parquet"
         pq.write_table(pa.table({"text": texts}), path, GROUP_DOCUMENTS, compression="zstd")
     temporary.replace(folder("data"))
-    print(f"python corpus written; {unreadable} files were not readable")
+    print(f"python corpus written; {num_unreadable} files were not readable")
 
 
 def read_texts(path):
-    """Yield the documents of a parquet shard that are not empty, in lists."""
+    """Yield the documents of a parquet shard that are not empty, in lists.
+
+    Raises ContractError if the file is no parquet of UTF-8 strings in a column `text`.
+    """
     try:
         with pq.ParquetFile(path) as file:
             if file.schema_arrow.field("text").type != pa.string():
@@ -235,80 +318,110 @@ def read_texts(path):
             for batch in file.iter_batches(GROUP_DOCUMENTS, columns=["text"]):
                 yield [text for text in batch["text"].to_pylist() if text]
     except (ValueError, KeyError, OSError, pa.ArrowException):
-        raise ContractError(f"{path} is not parquet with UTF-8 in column `text`: {RENEW}") from None
+        what = f"{path} is not parquet with UTF-8 in column `text`"
+        raise ContractError(f"{what}: delete it, run `uv run prepare.py`") from None
 
 
 # --- Tokenizer training ---------------------------------------------------------------------------
+
+
 def checksum(content):
+    """Return the sha256 of a value that JSON can write, in hexadecimal."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def training_texts(progress):
+    """Yield the beginnings of the training documents, TRAIN_CHARS characters in all at most."""
+    for path in shard_paths("data", "train"):
+        for texts in read_texts(path):
+            for text in texts:
+                beginning = text[:TRAIN_DOCUMENT_CHARS]
+                yield beginning
+                progress.update(len(beginning))
+            if progress.done >= TRAIN_CHARS:
+                return
 
 
 def train_tokenizer():
     """Train byte pair encoding on the training shards, unless done; write it as plain JSON."""
-    with suppress(ContractError):
-        return Tokenizer.from_directory()
+    if is_valid(Tokenizer.from_directory):
+        return
+    num_tokens = VOCAB_SIZE - len(SPECIAL_TOKENS)
     progress = Progress("characters read for the tokenizer")
-
-    def documents():
-        for texts in itertools.chain(*map(read_texts, shard_paths("data", "train"))):
-            for text in texts:
-                yield text[:TRAIN_DOCUMENT_CHARS]
-                progress.update(min(len(text), TRAIN_DOCUMENT_CHARS))
-            if progress.done >= TRAIN_CHARS:
-                return
-
-    trainer, num_tokens = rustbpe.Tokenizer(), VOCAB_SIZE - len(SPECIAL_TOKENS)
-    trainer.train_from_iterator(documents(), num_tokens, pattern=SPLIT_PATTERN)
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(training_texts(progress), num_tokens, pattern=SPLIT_PATTERN)
     progress.update(0, final=True)
-    ranks = {rank: bytes(token) for token, rank in trainer.get_mergeable_ranks()}
-    if len(ranks) < num_tokens:
-        raise ContractError(f"the training text fills {len(ranks)} of {num_tokens} tokens only")
-    content = {"contract": contract(), "tokens": [ranks[i].hex() for i in range(num_tokens)]}
+    tokens = {rank: bytes(token) for token, rank in trainer.get_mergeable_ranks()}
+    if len(tokens) < num_tokens:
+        raise ContractError(f"the training text fills {len(tokens)} of {num_tokens} tokens only")
+    content = {"contract": contract(), "tokens": [tokens[i].hex() for i in range(num_tokens)]}
     folder("tokenizer").mkdir(exist_ok=True)
     temporary = folder("tokenizer") / "tokenizer.tmp"
     temporary.write_text(json.dumps({"sha256": checksum(content), **content}, indent=0))
     temporary.replace(temporary.with_suffix(".json"))
-    return Tokenizer.from_directory()
 
 
 # --- Token shards ---------------------------------------------------------------------------------
+
+
 def read_tokens(path, tokenizer):
-    """Yield the documents of a token shard, uint16 arrays in a memory-mapped file."""
+    """Yield the documents of a token shard, uint16 arrays in a memory-mapped file.
+
+    Raises ContractError if the file is damaged or was written with another tokenizer.
+    """
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        if (reader.schema.metadata or {}).get(b"tokenizer") != tokenizer.sha256.encode():
+        metadata = reader.schema.metadata or {}
+        if metadata.get(b"tokenizer") != tokenizer.sha256.encode():
             raise ValueError
         for i in range(reader.num_record_batches):
             column = reader.get_batch(i).column(0)
             column.validate(full=True)
-            values, offsets = map(np.from_dlpack, (column.values, column.offsets))  # not pandas
+            values = np.from_dlpack(column.values)  # to_numpy would import pandas
+            offsets = np.from_dlpack(column.offsets)
             if values.max(initial=0) >= tokenizer.vocab_size:
                 raise ValueError
             for start, end in itertools.pairwise(offsets.tolist()):
                 yield values[start:end]
     except (ValueError, OSError, pa.ArrowException):
-        raise ContractError(f"{path} is damaged or of another tokenizer: {RENEW}") from None
+        what = f"{path} is damaged or of another tokenizer"
+        raise ContractError(f"{what}: delete it, run `uv run prepare.py`") from None
+
+
+def read_first_document(path, tokenizer):
+    """Return the first document of a token shard, None if it has none."""
+    return next(read_tokens(path, tokenizer), None)
+
+
+def encode_document(tokenizer, text):
+    """Return BOS and the tokens of a text, uint16."""
+    parts = [[tokenizer.bos_token_id]]
+    for i in range(0, len(text), PIECE_CHARS):
+        piece = text[i : i + PIECE_CHARS]
+        parts.append(tokenizer.encoding.encode_to_numpy(piece, disallowed_special=()))
+    return np.concatenate(parts).astype(np.uint16)
 
 
 def tokenize(tokenizer):
     """Write each shard's documents as BOS + tokens, a record batch a row group, unless done."""
     folder("tokens").mkdir(exist_ok=True)
     schema = pa.schema({"tokens": pa.list_(pa.uint16())}, metadata={"tokenizer": tokenizer.sha256})
-    progress, bos = Progress("tokens written"), np.array([tokenizer.bos_token_id], np.uint16)
-
-    def encode(text):
-        pieces = (text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS))
-        ids = (tokenizer.encoding.encode_to_numpy(p, disallowed_special=()) for p in pieces)
-        return np.concatenate([bos, *ids]).astype(np.uint16)
-
-    for source in itertools.chain(*(shard_paths("data", s) for s in ("train", "val", "test"))):
+    encode = functools.partial(encode_document, tokenizer)
+    progress = Progress("tokens written")
+    sources = [path for split in ("train", "val", "test") for path in shard_paths("data", split)]
+    for source in sources:
         path = folder("tokens") / f"{source.stem}.arrow"
-        with suppress(ContractError):
-            next(read_tokens(path, tokenizer), None)
+        if is_valid(read_first_document, path, tokenizer):
             continue
-        temporary, pool = path.with_suffix(".tmp"), ThreadPoolExecutor(os.cpu_count())
-        with pool, pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-            for texts in filter(None, read_texts(source)):
+        temporary = path.with_suffix(".tmp")
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            pa.OSFile(str(temporary), "wb") as file,
+            pa.ipc.new_file(file, schema) as writer,
+        ):
+            for texts in read_texts(source):
+                if not texts:
+                    continue
                 documents = list(pool.map(encode, texts))
                 offsets = np.cumsum([0, *map(len, documents)], dtype=np.int32)
                 column = pa.ListArray.from_arrays(offsets, np.concatenate(documents))
@@ -319,20 +432,23 @@ def tokenize(tokenizer):
 
 
 # --- Tokenizer ------------------------------------------------------------------------------------
+
+
 class Tokenizer:
     """Byte pair encoding: vocab_size, bos_token_id, and int32 (vocab_size,) token_bytes."""
 
     def __init__(self, tokens, sha256):
-        ranks = {token: rank for rank, token in enumerate(tokens)}
-        special = {name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        self.encoding = encoding = tiktoken.Encoding(
-            "autoresearch", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
+        self.encoding = tiktoken.Encoding(
+            "autoresearch",
+            pat_str=SPLIT_PATTERN,
+            mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+            special_tokens={name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)},
         )
-        # Special tokens in a text are plain text; bytes that are not UTF-8 become U+FFFD
-        self.encode, self.decode = encoding.encode_ordinary, encoding.decode
-        self.encode_batch = encoding.encode_ordinary_batch
-        self.sha256, self.vocab_size, self.bos_token_id = sha256, encoding.n_vocab, len(tokens)
-        self.token_bytes = torch.tensor([*map(len, tokens), *[0] * len(SPECIAL_TOKENS)]).int()
+        self.sha256 = sha256
+        self.vocab_size = self.encoding.n_vocab
+        self.bos_token_id = len(tokens)
+        lengths = [len(token) for token in tokens] + [0] * len(SPECIAL_TOKENS)
+        self.token_bytes = torch.tensor(lengths, dtype=torch.int32)
 
     @classmethod
     def from_directory(cls, directory=None):
@@ -344,15 +460,32 @@ class Tokenizer:
             if checksum(content) != sha256:
                 raise ValueError
         except OSError as error:
-            raise ContractError(f"not prepared, {path}: {error.strerror}: {PREPARE}") from None
+            what = f"not prepared, {path}: {error.strerror}"
+            raise ContractError(f"{what}: run `uv run prepare.py`") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ContractError(f"{path} is damaged: {PREPARE}") from None
-        if (made := content["contract"]) != contract():
-            raise ContractError(f"{path} is made for {made}, not {contract()}: {PREPARE}")
+            raise ContractError(f"{path} is damaged: run `uv run prepare.py`") from None
+        made_for = content["contract"]
+        if made_for != contract():
+            what = f"{path} is made for {made_for}, not {contract()}"
+            raise ContractError(f"{what}: run `uv run prepare.py`")
         return cls([bytes.fromhex(token) for token in content["tokens"]], sha256)
+
+    def encode(self, text):
+        """Return the tokens of a text; the names of special tokens in it are plain text."""
+        return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts):
+        """Return the tokens of each text, with several threads."""
+        return self.encoding.encode_ordinary_batch(texts)
+
+    def decode(self, ids):
+        """Return the text of tokens; bytes that are not UTF-8 become U+FFFD."""
+        return self.encoding.decode(ids)
 
 
 # --- Dataloader and clock -------------------------------------------------------------------------
+
+
 def pack(documents, row_len):
     """Yield rows of exactly row_len tokens, uint16, each beginning with a document.
 
@@ -360,79 +493,133 @@ def pack(documents, row_len):
     one longer than a row waits for long. Nothing masks a row's documents from each other. After
     Ding et al., "Fewer Truncations Improve Language Modeling", arXiv 2404.10830.
     """
-    documents, buffer = iter(documents), []
+    documents = iter(documents)
+    buffer = []  # sorted by length
     while True:
-        row, filled = np.empty(row_len, np.uint16), 0
+        row = np.empty(row_len, np.uint16)
+        filled = 0
         while filled < row_len:
             for document in itertools.islice(documents, BUFFER_DOCUMENTS - len(buffer)):
                 insort(buffer, document, key=len)
             if not buffer:
                 return
-            i = max(bisect_right(buffer, row_len - filled, key=len) - 1, 0)
-            document = buffer.pop(i)[: row_len - filled]
+            room = row_len - filled
+            num_fitting = bisect_right(buffer, room, key=len)
+            document = buffer.pop(max(num_fitting - 1, 0))[:room]
             row[filled : filled + len(document)] = document
             filled += len(document)
         yield row
 
 
-def processor_seconds():
-    """Return what this process's threads ran, and waited for a processor (0 but on Linux)."""
-    seconds = np.zeros(2)
-    for path in Path("/proc/self/task").glob("*/schedstat"):
-        with suppress(OSError):  # a thread that has just ended
-            seconds += np.array(path.read_text().split()[:2], float) / 1e9
-    return seconds
+class Clock:
+    """The training clock of a process: it starts with the first training batch and never again."""
+
+    def __init__(self):
+        self.start = None  # time.monotonic() when the first training batch was handed out
+        self.end = None  # time.monotonic() when the data ended
+        self.num_tokens = 0  # handed out for training, by all loaders together
+        self.processors = ()  # numbers of those that this process may use, on Linux
+        self.processor_time = None  # at the start
+
+    @property
+    def elapsed(self):
+        """Seconds since the start; 0 before it."""
+        return 0.0 if self.start is None else time.monotonic() - self.start
+
+    @property
+    def is_over(self):
+        """Whether the training time is used up."""
+        return self.elapsed >= TIME_BUDGET
+
+    def begin(self):
+        """Start, unless already started."""
+        if self.start is None:
+            if sys.platform == "linux":
+                self.processors = os.sched_getaffinity(0)
+            self.processor_time = read_processor_time(self.processors)
+            self.start = time.monotonic()
+
+    def finish(self):
+        """Note that the data has ended, unless already noted."""
+        if self.end is None:
+            self.end = time.monotonic()
+
+    def share_taken(self):
+        """Return the share of training's processor time that others took, 0 to 1."""
+        now = read_processor_time(self.processors)
+        return share_taken(self.processor_time, now, self.elapsed)
+
+
+CLOCK = Clock()  # one a process, whatever the number of loaders
 
 
 class Dataloader(Iterator):
     """Iterator over batches of packed rows; see make_dataloader."""
 
-    epoch, clock_start, clock_end, seconds = 1, None, None, 0  # one clock a process, monotonic
-
     def __init__(self, tokenizer, batch_size, seq_len, split, device):
-        self.batch_size, self.device, self.split = batch_size, torch.device(device), split
-        self.num_left = math.inf if split == "train" else EVAL_TOKENS // seq_len
-        self.rows, self.events = pack(self.documents(tokenizer), seq_len + 1), []
+        self.batch_size = batch_size
+        self.split = split
+        self.device = torch.device(device)
+        self.epoch = 1
+        self.num_left = math.inf if split == "train" else EVAL_TOKENS // seq_len  # rows
+        self.rows = pack(self.documents(tokenizer), seq_len + 1)
+        self.events = []  # of batches that the device may not have worked off
 
     def documents(self, tokenizer):
-        epochs = itertools.count(1) if self.split == "train" else (1,)
-        for self.epoch in epochs:
+        """Yield the split's documents, once, or in endless epochs."""
+        for self.epoch in itertools.count(1):
             for path in shard_paths("tokens", self.split):
                 yield from read_tokens(path, tokenizer)
+            if self.split != "train":
+                return
 
     @property
     def elapsed(self):
-        return time.monotonic() - self.clock_start if self.clock_start is not None else 0.0
+        return CLOCK.elapsed
 
     @property
     def progress(self):
-        return min(self.elapsed / TIME_BUDGET, 1.0)
+        return min(CLOCK.elapsed / TIME_BUDGET, 1.0)
 
-    def __next__(self):
-        size, train = min(self.batch_size, self.num_left), self.split == "train"
-        self.num_left -= size
-        if train and self.device.type != "cpu":
-            # The host may be two batches ahead, so that the clock measures work done, not queued
-            self.events.append(torch.get_device_module(self.device).Event())
-            self.events[-1].record()  # reached when all that was queued so far is worked off
-            if len(self.events) > 1:
-                self.events.pop(0).synchronize()
-        if train and self.elapsed >= TIME_BUDGET:
-            Dataloader.clock_end = self.clock_end or time.monotonic()
-            raise StopIteration
-        if size == 0:
-            raise StopIteration
-        rows = list(itertools.islice(self.rows, size))
-        if len(rows) < size:
+    def wait_for_device(self):
+        """Let the host be two batches ahead at most: the clock measures work done, not queued."""
+        event = torch.get_device_module(self.device).Event()
+        event.record()  # reached when all that was queued so far is worked off
+        self.events.append(event)
+        if len(self.events) > 1:
+            self.events.pop(0).synchronize()
+
+    def next_rows(self, num_rows):
+        """Return the next rows on the device, int64 (num_rows, seq_len + 1)."""
+        rows = list(itertools.islice(self.rows, num_rows))
+        if len(rows) < num_rows:
             raise ContractError(f"too little text in {folder('tokens')} for {self.split} rows")
         batch = torch.from_numpy(np.stack(rows).astype(np.int64))
         if self.device.type == "cuda":
             # Pinned anew each time: torch gives pinned memory out again only when its copy is done
             batch = batch.pin_memory()
-        batch = batch.to(self.device, non_blocking=batch.is_pinned())
-        if train and self.clock_start is None:
-            Dataloader.clock_start, Dataloader.seconds = time.monotonic(), processor_seconds()
-        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        return batch.to(self.device, non_blocking=batch.is_pinned())
+
+    def __next__(self):
+        is_training = self.split == "train"
+        if is_training and self.device.type != "cpu":
+            self.wait_for_device()
+        if is_training and CLOCK.is_over:
+            CLOCK.finish()
+            raise StopIteration
+        num_rows = min(self.batch_size, self.num_left)
+        if num_rows == 0:
+            raise StopIteration
+        self.num_left -= num_rows
+        batch = self.next_rows(num_rows)
+        if is_training:
+            CLOCK.begin()
+            CLOCK.num_tokens += num_rows * (batch.size(1) - 1)
+        # contiguous() would copy nothing where there is one row, and keep the longer row's stride:
+        # a stride that the compiler has not seen makes it compile the model again
+        inputs = batch[:, :-1].clone(memory_format=torch.contiguous_format)
+        targets = batch[:, 1:].clone(memory_format=torch.contiguous_format)
+        return inputs, targets
 
 
 def make_dataloader(tokenizer, batch_size, seq_len, split, device):
@@ -443,18 +630,163 @@ def make_dataloader(tokenizer, batch_size, seq_len, split, device):
     (seconds since the process's first training batch), progress (elapsed / TIME_BUDGET, at most 1).
     split "val" or "test": the same rows once, at every batch size; the last batch may be short.
     Arms the hard wall if "train": at HARD_LIMIT the process ends, with stacks on stderr.
+    Raises ContractError if there is an NVIDIA device that torch cannot use.
     """
     if split == "train":
+        check_device()
         left = HARD_LIMIT - (time.monotonic() - PROCESS_START)
         faulthandler.dump_traceback_later(max(left, 0.1), exit=True, file=sys.__stderr__)
     return Dataloader(tokenizer, batch_size, seq_len, split, device)
 
 
+# --- Machine --------------------------------------------------------------------------------------
+
+# What torch.cuda.init() says where there is no device at all, and training on the CPU is right
+NO_DEVICE = (
+    "Torch not compiled with CUDA enabled",
+    "Found no NVIDIA driver",
+    "No CUDA GPUs are available",  # nor where CUDA_VISIBLE_DEVICES hides them
+)
+
+
+def check_device():
+    """Raise ContractError if there is an NVIDIA device that torch cannot use.
+
+    A run would else fail late, or go on slowly on the CPU. AUTORESEARCH_CORPUS=python says that the
+    CPU is meant.
+    """
+    if torch.cuda.is_available():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # many lines about a device too old or too new
+                torch.ones(1, device="cuda").add_(1).cpu()
+        except torch.OutOfMemoryError:
+            return  # the device works for somebody else, at least
+        except RuntimeError as error:
+            advice = "install a torch made for it, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+            raise unusable_device(error, advice) from None
+    elif os.environ.get("AUTORESEARCH_CORPUS") != "python":
+        try:
+            torch.cuda.init()
+        except (AssertionError, RuntimeError) as error:
+            if not any(text in str(error) for text in NO_DEVICE):
+                advice = "update the driver, or set AUTORESEARCH_CORPUS=python to use the CPU"
+                raise unusable_device(error, advice) from None
+
+
+def unusable_device(error, advice):
+    """Return a ContractError with torch's reason, the first line of its error."""
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    return ContractError(f"torch cannot use the NVIDIA device ({reason}): {advice}")
+
+
+class ProcessorTime(NamedTuple):
+    """Processor time up to now in seconds, summed over threads or processors; 0 if not known."""
+
+    ran: float = 0.0  # by this process
+    waited: float = 0.0  # by threads of this process that were ready to run
+    others: float = 0.0  # by other processes, on the processors that this one may use
+    stolen: float = 0.0  # from these processors, by the host of a virtual machine
+    throttled: float = 0.0  # what the quota of this control group held back (cgroup v2)
+    group_others: float = 0.0  # by other processes of this control group
+
+
+def read_processor_time(processors, proc=Path("/proc"), cgroups=Path("/sys/fs/cgroup")):
+    """Return the ProcessorTime of this process; processors: numbers of those that it may use."""
+    try:
+        ran, others, stolen = read_machine(processors, proc)
+        waited = read_waiting(proc)
+    except (OSError, ValueError):  # not Linux, or a sandbox that shows less than Linux does
+        return ProcessorTime()
+    try:
+        throttled, group = read_group(proc, cgroups)
+    except (OSError, ValueError, KeyError):  # no cgroup v2, or none that counts
+        return ProcessorTime(ran, waited, others, stolen)
+    return ProcessorTime(ran, waited, others, stolen, throttled, group - ran)
+
+
+def read_machine(processors, proc):
+    """Return the seconds that this process ran, that others ran, and that were stolen."""
+    ticks_a_second = os.sysconf("SC_CLK_TCK")
+    fields = (proc / "self/stat").read_text().rpartition(")")[2].split()  # from the third on
+    ran = int(fields[11]) + int(fields[12])  # user and system, ended threads included
+    busy = 0
+    stolen = 0
+    names = {f"cpu{number}" for number in processors}
+    for line in (proc / "stat").read_text().splitlines():
+        name, *counts = line.split()
+        if name in names:
+            user, nice, system, _, _, irq, softirq, steal = map(int, counts[:8])
+            busy += user + nice + system + irq + softirq
+            stolen += steal
+    return ran / ticks_a_second, (busy - ran) / ticks_a_second, stolen / ticks_a_second
+
+
+def read_waiting(proc):
+    """Return the seconds that the threads of this process were ready to run and did not."""
+    waited = 0
+    for path in (proc / "self/task").glob("*/schedstat"):
+        try:
+            waited += int(path.read_text().split()[1])
+        except OSError:  # a thread that has just ended
+            continue
+    return waited / 1e9
+
+
+def read_group(proc, cgroups):
+    """Return the seconds that a quota held this control group back, and that the group ran."""
+    (path,) = re.findall(r"(?m)^0::/(.*)$", (proc / "self/cgroup").read_text())
+    lines = (cgroups / path / "cpu.stat").read_text().splitlines()
+    microseconds = dict(line.split() for line in lines)
+    return int(microseconds["throttled_usec"]) / 1e6, int(microseconds["usage_usec"]) / 1e6
+
+
+def share_taken(before, after, seconds):
+    """Return the share of its time that others took from this process, 0 to 1.
+
+    before, after: readings of ProcessorTime, so many seconds apart. Waiting for one's own threads,
+    or because of one's own quota, is no neighbour's doing: others took no more than they ran.
+    """
+    pairs = zip(before, after, strict=True)
+    spent = ProcessorTime(*(max(end - start, 0.0) for start, end in pairs))
+    waited_for_a_processor = max(spent.waited - spent.throttled, 0.0)
+    taken = min(waited_for_a_processor, spent.others)
+    taken += min(spent.throttled, spent.group_others)
+    taken += spent.stolen
+    needed = max(spent.ran + taken, seconds)  # a process that waits for its GPU runs for less
+    return taken / needed if taken else 0.0
+
+
+def gpu_memory_of_others():
+    """Return the GiB of GPU memory that is not this process's own; its CUDA context counts."""
+    if not torch.cuda.is_available():
+        return 0.0
+    if torch.cuda.get_device_properties().is_integrated:
+        return 0.0  # it shares the machine's memory, where files that were read count as used
+    free, total = torch.cuda.mem_get_info()
+    return (total - free - torch.cuda.memory_reserved()) / 2**30
+
+
+def print_machine_state():
+    """Print how much others had of the machine that this process trained on.
+
+    Fixed interface: a line that begins with "machine busy:" makes the run invalid.
+    """
+    share = CLOCK.share_taken()
+    memory = gpu_memory_of_others()
+    state = "busy" if share > MAX_LACKED or memory > MAX_OTHERS else "quiet"
+    what = f"took {share:.1%} of the processor time that training needed"
+    print(f"machine {state}: others {what} and hold {memory:.1f} GiB of the GPU")
+
+
 # --- Metric ---------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def score_batch(model, inputs, targets, vocab_size):
     """Return -ln p(target) and mean logit, float32 (2, B, T) on the CPU; refuse bad logits."""
-    logits, expected = model(inputs), (*inputs.shape, vocab_size)
+    logits = model(inputs)
+    expected = (*inputs.shape, vocab_size)
     got = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
     if got != expected:
         raise ContractError(f"model(inputs) must return logits of shape {expected}, not {got}")
@@ -469,25 +801,79 @@ def score_batch(model, inputs, targets, vocab_size):
     return scores
 
 
-def check_causality(model, inputs, targets, vocab_size, scores):
+def copy_state(model):
+    """Return {name: bytes} of the model's parameters and buffers, uint8 copies on the CPU."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {
+        name: tensor.detach().to("cpu", copy=True).flatten().view(torch.uint8)
+        for name, tensor in tensors
+    }
+
+
+def check_unchanged(model, state, inputs, targets, vocab_size, scores):
+    """Raise ContractError if the model is not the one that gave these scores.
+
+    state: copy_state(model) from before. What the model learned from text that it was scored on
+    shows in its state, or in other scores for the same rows.
+    """
+    refusal = "the model is not the same at every call, and evaluation is no training"
+    after = copy_state(model)
+    for name in {**state, **after}:
+        is_same = name in state and name in after and torch.equal(state[name], after[name])
+        if not is_same:
+            raise ContractError(f"{refusal}: {name} changed while the model was scored")
+    again = score_batch(model, inputs, targets, vocab_size)
+    change = (again - scores).abs().max().item()
+    if change > PROBE_TOLERANCE:
+        nats = f"{scores[0].mean():.4f} nats a token, then {again[0].mean():.4f}"
+        what = f"its logits moved by {change:.4f} when the first rows were scored again ({nats})"
+        raise ContractError(f"{refusal}: {what}")
+
+
+def check_causality(model, state, inputs, targets, vocab_size, scores):
     """Raise ContractError if what the model says at t depends on tokens after t.
 
     Every row is cut at another position; all tokens after the cut are changed, and nothing up to
-    it may move. The step from cut to cut is prime, so that cuts follow no shorter period.
+    it may move. From cut to cut it is 2^k - 1 tokens, at MAX_SEQ_LEN a prime: a model that looks
+    ahead at every second, third or sixteenth position only is cut at such a position, too.
     """
-    (B, T), generator = inputs.shape, torch.Generator().manual_seed(SEED)
-    primes = (s for s in range(T // PROBE_ROWS or 1, 0, -1) if all(s % d for d in range(2, s)))
-    step = next(s for s in primes if math.gcd(s, T - 1) == 1)
+    B, T = inputs.shape
+    generator = torch.Generator().manual_seed(SEED)
+    positions = torch.arange(T)
+    step = max(T // PROBE_ROWS - 1, 1)
     for first in range(0, PROBE_ROWS, B):
         cuts = (T - 2 - step * torch.arange(first, first + B)) % (T - 1)
-        later = torch.arange(T) > cuts[:, None]
-        shift = torch.randint(1, vocab_size, (B, T), generator=generator) * later
+        is_later = positions > cuts[:, None]  # (B, T)
+        shift = torch.randint(1, vocab_size, (B, T), generator=generator) * is_later
         changed = (inputs + shift.to(inputs.device)) % vocab_size
         after = score_batch(model, changed, targets, vocab_size)
-        moved = ((scores - after).abs() > PROBE_TOLERANCE).any(dim=0) & ~later
-        for row, position in moved.nonzero().tolist():
+        has_moved = ((scores - after).abs() > PROBE_TOLERANCE).any(dim=0) & ~is_later
+        if has_moved.any():
+            check_unchanged(model, state, inputs, targets, vocab_size, scores)  # it would move, too
+            row, position = has_moved.nonzero()[0].tolist()
             what = f"logits at {position} moved when only tokens after {cuts[row]} were changed"
-            raise ContractError(f"the model is not causal, or not the same at every call: {what}")
+            raise ContractError(f"the model is not causal: {what}")
+
+
+def check_idle_time():
+    """Raise ContractError if training went on after its data had ended."""
+    end = CLOCK.end or CLOCK.start + TIME_BUDGET
+    idle = time.monotonic() - end
+    if idle > MAX_IDLE:
+        raise ContractError(f"evaluation began {idle:.0f} s after the training time was over")
+
+
+def print_clock():
+    """Print what the process was given to train on; fixed interface: ratchet.py reads it."""
+    seconds = (CLOCK.end or time.monotonic()) - CLOCK.start
+    print(f"clock: {CLOCK.num_tokens} tokens in {seconds:.1f} seconds")
+
+
+def print_changed_constants():
+    """Name every constant of the contract that is not as shipped."""
+    for name, value in SHIPPED.items():
+        if globals()[name] != value:
+            print(f"contract changed: {name} is {globals()[name]}, shipped as {value}")
 
 
 def evaluate_bpb(model, tokenizer, batch_size, split="val"):
@@ -495,48 +881,55 @@ def evaluate_bpb(model, tokenizer, batch_size, split="val"):
 
     The sum of -ln p(target) over ln 2 times the sum of the targets' bytes; special tokens count in
     neither. Raises ContractError unless model(inputs) gives finite logits (B, T, vocab_size) that
-    do not depend on later tokens, and when training went on after its data had ended.
+    do not depend on later tokens, if the model is not the same at the end, and if training went on
+    after its data had ended.
     """
-    if Dataloader.clock_start is not None:
-        idle = time.monotonic() - (Dataloader.clock_end or Dataloader.clock_start + TIME_BUDGET)
-        if idle > MAX_IDLE:
-            raise ContractError(f"evaluation began {idle:.0f} s after the training time was over")
-        ran, waited = processor_seconds() - Dataloader.seconds
-        lacked = waited / (ran + waited or 1)
-        free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
-        others = (total - free - torch.cuda.memory_reserved()) / 2**30  # our CUDA context included
-        state = "busy" if lacked > MAX_LACKED or others > MAX_OTHERS else "quiet"
-        print(f"machine {state}: lacked {lacked:.1%} of processor time, {others:.1f} GiB of GPU")
-    for name, value in SHIPPED.items():
-        if globals()[name] != value:
-            print(f"contract changed: {name} is {globals()[name]}, shipped as {value}")
+    if CLOCK.start is not None:
+        check_idle_time()
+        print_machine_state()
+        print_clock()
+    print_changed_constants()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    sum_nats, sum_bytes, training = 0.0, 0, model.training
+    was_training = model.training
     model.eval()
-    batches = make_dataloader(tokenizer, batch_size, MAX_SEQ_LEN, split, device)
-    for i, (inputs, targets) in enumerate(batches):
+    state = copy_state(model)
+    first = None  # what was scored first
+    sum_nats = 0.0
+    sum_bytes = 0
+    for inputs, targets in make_dataloader(tokenizer, batch_size, MAX_SEQ_LEN, split, device):
         scores = score_batch(model, inputs, targets, tokenizer.vocab_size)
-        if i == 0:
-            check_causality(model, inputs, targets, tokenizer.vocab_size, scores)
+        if first is None:
+            first = (inputs, targets, tokenizer.vocab_size, scores)
+            check_causality(model, state, *first)
         num_bytes = tokenizer.token_bytes[targets.cpu()]
         sum_nats += scores[0].double()[num_bytes > 0].sum().item()
         sum_bytes += num_bytes.sum().item()
-    model.train(training)
+    check_unchanged(model, state, *first)
+    model.train(was_training)
     return sum_nats / (math.log(2) * sum_bytes)
 
 
 # --- Command line ---------------------------------------------------------------------------------
+
+
 def main():
     parser = argparse.ArgumentParser(description="Prepare data (of climbmix: N shards, -1: all).")
     parser.add_argument("--num-shards", type=int, default=NUM_TRAIN_SHARDS, metavar="N")
-    num_shards, start, home = parser.parse_args().num_shards, time.monotonic(), CACHE_DIR / CORPUS
+    num_shards = parser.parse_args().num_shards
+    check_device()
+    start = time.monotonic()
+    home = CACHE_DIR / CORPUS
     try:
         home.mkdir(parents=True, exist_ok=True)
         with (home / "lock").open("w") as lock:
             print(f"{CORPUS} in {home}, one prepare.py at a time", flush=True)
             os.lockf(lock.fileno(), os.F_LOCK, 0)  # freed when its process ends, however it ends
-            download_climbmix(num_shards) if CORPUS == "climbmix" else build_python()
-            tokenize(train_tokenizer())
+            if CORPUS == "climbmix":
+                download_climbmix(num_shards)
+            else:
+                build_python()
+            train_tokenizer()
+            tokenize(Tokenizer.from_directory())
     except OSError as error:
         why = f"{error.filename or home}: {error.strerror or error}"
         raise ContractError(f"{why}: make room, or set AUTORESEARCH_CACHE elsewhere") from None

@@ -38,8 +38,7 @@ import prepare  # noqa: E402  (reads the environment)
 def fresh_process(monkeypatch):
     """Give every test the state of a process that has just started."""
     monkeypatch.setattr(prepare, "PROCESS_START", time.monotonic())
-    monkeypatch.setattr(prepare.Dataloader, "clock_start", None)
-    monkeypatch.setattr(prepare.Dataloader, "clock_end", None)
+    monkeypatch.setattr(prepare, "CLOCK", prepare.Clock())
     yield
     faulthandler.cancel_dump_traceback_later()
 

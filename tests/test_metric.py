@@ -1,7 +1,9 @@
 """evaluate_bpb: what it measures, and what it refuses."""
 
 import math
+import re
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -250,14 +252,15 @@ def test_cuts_are_spread_over_a_row_of_full_length(length, phase, monkeypatch):
     inputs = torch.randint(2, (4, length), generator=torch.Generator().manual_seed(phase))
     scores = prepare.score_batch(Narrow(), inputs, inputs, 2)
     with pytest.raises(prepare.ContractError, match="not causal"):
-        prepare.check_causality(Narrow(), inputs, inputs, 2, scores)
+        prepare.check_causality(Narrow(), {}, inputs, inputs, 2, scores)
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5, 64, 512, 513, 2048])
 def test_rows_of_any_length_can_be_probed(length):
     model, inputs = Causal(11), torch.randint(11, (3, length))
     scores = prepare.score_batch(model, inputs, inputs, 11)
-    prepare.check_causality(model, inputs, inputs, 11, scores)
+    state = prepare.copy_state(model)
+    prepare.check_causality(model, state, inputs, inputs, 11, scores)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -318,28 +321,238 @@ def test_nan_in_the_last_batch_alone_is_refused(tokenizer):
         bpb(spoiled(change)(tokenizer.vocab_size), tokenizer)
 
 
-def test_model_that_changes_between_calls_is_refused(tokenizer):
-    calls = []
-
-    def change(logits, inputs):
-        calls.append(1)
-        return logits + len(calls)
-
-    with pytest.raises(prepare.ContractError, match="not the same at every call"):
-        bpb(spoiled(change)(tokenizer.vocab_size), tokenizer)
-
-
-def test_dropout_left_on_is_refused(tokenizer):
-    def change(logits, inputs):
-        return F.dropout(logits, 0.1, training=True)
-
-    with pytest.raises(prepare.ContractError, match="not the same at every call"):
-        bpb(spoiled(change)(tokenizer.vocab_size), tokenizer)
-
-
 def test_half_precision_is_allowed(tokenizer):
     half = spoiled(lambda x, _: x.half())(tokenizer.vocab_size)
     assert bpb(half, tokenizer) == pytest.approx(by_hand(half, tokenizer), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# Models that learn from what they are scored on
+
+ENOUGH_CALLS = 4  # the first batch and the causality probe are over by then
+CHEAT_BATCH = 4  # rows
+
+
+class Learner(Causal):
+    """A random causal model that learns: every call ends with learn(inputs, logits).
+
+    Nothing of it shows before `patience` calls, so that the causality probe meets an honest model.
+    """
+
+    def __init__(self, vocab_size, patience=ENOUGH_CALLS):
+        super().__init__(vocab_size)
+        self.num_calls = 0
+        self.patience = patience
+
+    def forward(self, inputs):
+        logits = self.predict(inputs)
+        self.num_calls += 1
+        self.learn(inputs)
+        return logits
+
+    def predict(self, inputs):
+        return super().forward(inputs)
+
+    def learn(self, inputs):
+        pass
+
+
+class BigramCounter(Learner):
+    """Counts the bigrams of the rows it has scored, and predicts the next batches with them."""
+
+    def __init__(self, vocab_size, patience=ENOUGH_CALLS):
+        super().__init__(vocab_size, patience)
+        self.counts = torch.zeros(vocab_size, vocab_size)  # no buffer: the evaluator cannot see it
+
+    def predict(self, inputs):
+        logits = super().predict(inputs)
+        if self.num_calls < self.patience:
+            return logits
+        counts = self.counts[inputs] + 0.5 * logits.softmax(dim=-1)
+        return (counts / counts.sum(dim=-1, keepdim=True)).log()
+
+    def learn(self, inputs):
+        ones = torch.ones(inputs[:, 1:].numel())
+        pairs = (inputs[:, :-1].flatten(), inputs[:, 1:].flatten())
+        self.counts.index_put_(pairs, ones, accumulate=True)
+
+
+class TestTimeTraining(Learner):
+    """Takes a step of gradient descent on every batch that it has scored."""
+
+    __test__ = False  # no test class of pytest
+
+    def learn(self, inputs):
+        if self.num_calls < self.patience:
+            return
+        with torch.enable_grad():
+            logits = Causal.forward(self, inputs)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs[:, 1:].flatten())
+            (grad,) = torch.autograd.grad(loss, [self.lm_head.bias])
+        self.lm_head.bias.data -= 3 * grad  # .data: no version counter sees it
+
+
+class RunningMean(Learner):
+    """Keeps a running mean of its logits in a buffer and subtracts it, as BatchNorm might."""
+
+    def __init__(self, vocab_size, patience=ENOUGH_CALLS):
+        super().__init__(vocab_size, patience)
+        self.register_buffer("mean", torch.zeros(vocab_size), persistent=False)
+
+    def predict(self, inputs):
+        return super().predict(inputs) - self.mean
+
+    def learn(self, inputs):
+        self.mean.lerp_(super().predict(inputs).mean(dim=(0, 1)), 1e-6)  # too slow for the probe
+
+
+class CallCounter(Learner):
+    """Counts its calls in a buffer, which changes no logit."""
+
+    def __init__(self, vocab_size, patience=ENOUGH_CALLS):
+        super().__init__(vocab_size, patience)
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
+
+    def learn(self, inputs):
+        self.num_batches_tracked += 1
+
+
+class Colder(Learner):
+    """Grows surer from call to call."""
+
+    def predict(self, inputs):
+        late = max(self.num_calls - self.patience, 0)
+        return super().predict(inputs) * (1 + 0.01 * late)
+
+
+class Memory(Learner):
+    """Remembers every row that it was given, and knows its tokens when the row comes again."""
+
+    def __init__(self, vocab_size, patience=ENOUGH_CALLS):
+        super().__init__(vocab_size, patience)
+        self.rows = set()
+
+    def predict(self, inputs):
+        logits = super().predict(inputs)
+        for row, tokens in enumerate(inputs.tolist()):
+            if tuple(tokens) in self.rows:
+                logits[row, :-1] += 9 * F.one_hot(inputs[row, 1:], logits.size(-1))
+        return logits
+
+    def learn(self, inputs):
+        self.rows.update(map(tuple, inputs.tolist()))
+
+
+class Dropout(Learner):
+    """Leaves dropout on in evaluation."""
+
+    def predict(self, inputs):
+        return F.dropout(super().predict(inputs), 0.1, training=True)
+
+
+class NewWeights(Learner):
+    """Puts new parameters in the place of the old ones."""
+
+    def learn(self, inputs):
+        if self.num_calls == self.patience + 1:
+            self.lm_head = nn.Linear(32, self.lm_head.out_features)
+
+
+class OneMoreParameter(Learner):
+    """Gains a parameter that changes no logit."""
+
+    def learn(self, inputs):
+        self.extra = nn.Parameter(torch.zeros(1))
+
+
+LEARNERS = {  # and what the refusal names
+    BigramCounter: "scored again",
+    TestTimeTraining: "lm_head.bias",
+    RunningMean: "mean",
+    CallCounter: "num_batches_tracked",
+    Colder: "scored again",
+    Memory: "scored again",
+    Dropout: "scored again",
+    NewWeights: "lm_head",
+    OneMoreParameter: "extra",
+}
+
+
+@pytest.mark.parametrize("patience", [0, ENOUGH_CALLS])
+@pytest.mark.parametrize("kind", LEARNERS, ids=lambda kind: kind.__name__)
+def test_model_that_learns_while_it_is_scored_is_refused(tokenizer, monkeypatch, kind, patience):
+    monkeypatch.setattr(prepare, "PROBE_ROWS", 2 * CHEAT_BATCH)
+    with pytest.raises(prepare.ContractError, match="evaluation is no training") as error:
+        bpb(kind(tokenizer.vocab_size, patience), tokenizer, CHEAT_BATCH)
+    assert LEARNERS[kind] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_counting_bigrams_would_pay(tokenizer, monkeypatch):
+    """Without the second look the cheat would get a better number than the same model honestly."""
+    monkeypatch.setattr(prepare, "PROBE_ROWS", 2 * CHEAT_BATCH)
+    honest = bpb(Causal(tokenizer.vocab_size), tokenizer, CHEAT_BATCH)
+    monkeypatch.setattr(prepare, "check_unchanged", lambda *args: None)
+    cheat = bpb(BigramCounter(tokenizer.vocab_size), tokenizer, CHEAT_BATCH)
+    assert cheat < 0.95 * honest
+
+
+def test_evaluation_leaves_the_model_as_it_was(tokenizer):
+    model = Causal(tokenizer.vocab_size)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    bpb(model, tokenizer)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_no_honest_model_is_refused(tokenizer, monkeypatch, seed):
+    """Random models of three dtypes, at batch sizes from 1 to 128, the last batch often short."""
+    monkeypatch.setattr(prepare, "PROBE_ROWS", 8)
+    dtype = [torch.float32, torch.bfloat16, torch.float16][seed % 3]
+    model = Causal(tokenizer.vocab_size, dtype, seed, scale=1 + seed % 30)
+    batch_size = [1, 3, 7, 16, 39, 64, 128][seed % 7]
+    assert 0 < bpb(model, tokenizer, batch_size) < 200
+
+
+def test_odd_state_is_no_change(tokenizer):
+    """NaN that nothing reads, an empty buffer, a scalar, an expanded one, tied weights, a mask."""
+    model = Causal(tokenizer.vocab_size)
+    model.register_buffer("unused", torch.tensor([math.nan, 1.0]))
+    model.register_buffer("empty", torch.zeros(0, 3), persistent=False)
+    model.register_buffer("scalar", torch.tensor(True))
+    model.register_buffer("expanded", torch.zeros(1, 3).expand(5, 3))
+    model.register_buffer("mask", torch.full((4, 4), -math.inf).triu(1))
+    model.tied = model.wte
+    expected = by_hand(model, tokenizer)
+    assert bpb(model, tokenizer) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_model_is_not_refused(tokenizer, dtype):
+    model = Causal(tokenizer.vocab_size, dtype)
+    compiled = torch.compile(model, dynamic=False)
+    assert bpb(compiled, tokenizer, 16) == pytest.approx(by_hand(model, tokenizer), rel=1e-2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_batches_of_every_size_have_the_strides_of_a_tensor_of_their_own(tokenizer, batch_size):
+    """A stride that changes with the batch size would make the model compile anew."""
+    for split in ("train", "val"):
+        loader = prepare.make_dataloader(tokenizer, batch_size, T, split, "cpu")
+        inputs, targets = next(loader)
+        assert inputs.stride() == targets.stride() == (T, 1)
+        assert inputs.storage_offset() == targets.storage_offset() == 0
+    seen = []
+
+    class Watched(Causal):
+        def forward(self, inputs):
+            seen.append(inputs.stride())
+            return super().forward(inputs)
+
+    bpb(Watched(tokenizer.vocab_size), tokenizer, batch_size)
+    assert set(seen) == {(T, 1)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -364,6 +577,31 @@ def test_a_last_batch_that_takes_long_is_no_idling(tokenizer, monkeypatch):
     next(loader)
     time.sleep(0.4)  # far from the end of TIME_BUDGET
     assert bpb(Uniform(tokenizer.vocab_size), tokenizer) > 0
+
+
+def clock_line(capsys):
+    """Return tokens and seconds of the one line that the clock prints."""
+    (line,) = re.findall(r"(?m)^clock: (\d+) tokens in (\d+\.\d) seconds$", capsys.readouterr().out)
+    return int(line[0]), float(line[1])
+
+
+def test_the_clock_counts_the_tokens_that_it_handed_out(tokenizer, monkeypatch, capsys):
+    """Of every loader of the process, training rows alone; seconds up to the end of the data."""
+    clock = SimpleNamespace(now=prepare.PROCESS_START, monotonic=lambda: clock.now)
+    monkeypatch.setattr(prepare, "time", clock)
+    first = prepare.make_dataloader(tokenizer, 3, T, "train", "cpu")
+    second = prepare.make_dataloader(tokenizer, 5, T, "train", "cpu")
+    held_out(tokenizer)
+    for loader in (first, first, second):
+        next(loader)
+        clock.now += 7.25
+    bpb(Uniform(tokenizer.vocab_size), tokenizer)
+    assert clock_line(capsys) == ((3 + 3 + 5) * T, 21.8)
+    clock.now += prepare.TIME_BUDGET
+    assert list(first) == []
+    clock.now += 5  # after the data has ended
+    bpb(Uniform(tokenizer.vocab_size), tokenizer)
+    assert clock_line(capsys) == ((3 + 3 + 5) * T, 21.8 + prepare.TIME_BUDGET)
 
 
 def test_changed_constants_are_named_in_the_log(tokenizer, monkeypatch, capsys):

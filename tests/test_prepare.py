@@ -15,10 +15,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -951,7 +953,7 @@ def test_second_loader_does_not_restart_the_clock(cache, tokenizer, monkeypatch)
 
 def test_held_out_rows_do_not_start_the_clock(cache, tokenizer):
     first_batch(tokenizer)
-    assert prepare.Dataloader.clock_start is None
+    assert prepare.CLOCK.start is None
 
 
 def test_the_wall_ends_a_hung_process(prepared_cache):
@@ -975,33 +977,220 @@ while True: time.time()
 """
 
 
-def test_a_training_that_others_starve_says_so(cache, tokenizer, capsys, monkeypatch):
-    """Two busy neighbours on one processor leave a third of it; a slow training lacks none."""
-    monkeypatch.setattr(prepare, "EVAL_TOKENS", 2 * prepare.MAX_SEQ_LEN)
+def spend(seconds):
+    """Keep a processor busy for some seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        sum(range(1000))
+
+
+@pytest.fixture
+def train(cache, tokenizer, capsys, monkeypatch):
+    """Return a function that trains for a second and returns the machine's state and the share."""
     monkeypatch.setattr(prepare, "TIME_BUDGET", 1.5)
 
-    def train(work):
-        monkeypatch.setattr(prepare.Dataloader, "clock_start", None)
-        monkeypatch.setattr(prepare.Dataloader, "clock_end", None)
+    def run(work):
+        monkeypatch.setattr(prepare, "CLOCK", prepare.Clock())
         for _ in prepare.make_dataloader(tokenizer, 1, 64, "train", "cpu"):
             work()
-        prepare.evaluate_bpb(uniform, tokenizer, 2)
-        (line,) = re.findall("^machine .*", capsys.readouterr().out, re.M)
+        prepare.print_machine_state()
+        (line,) = capsys.readouterr().out.splitlines()
         return line.split(":")[0], float(re.search(r"([\d.]+)%", line)[1])
 
-    uniform = torch.nn.Module()
-    uniform.forward = lambda inputs: torch.zeros(*inputs.shape, tokenizer.vocab_size)
+    return run
+
+
+@pytest.fixture
+def one_processor():
+    """Let this thread, and what it starts, use one processor only."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})  # of this thread, and of the processes that it starts
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_training_that_others_starve_says_so(train, one_processor):
+    """Two busy neighbours on one processor leave a third of it; a slow training lacks none."""
     neighbours = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(2)]
     try:
         time.sleep(0.3)
-        state, starved = train(lambda: sum(range(10**5)))
+        state, starved = train(lambda: spend(0.01))
         assert state == "machine busy"
         assert 40 < starved < 95
     finally:
         for neighbour in neighbours:
             neighbour.kill()
-        os.sched_setaffinity(0, before)
+            neighbour.wait()
     _, lacked = train(lambda: time.sleep(0.05))  # slow, and its own fault
     assert lacked < starved  # and nearly none where nothing else runs
+
+
+def as_much_as(others, waited=100.0, **more):
+    """Return the share taken in 100 s from a process that ran all of them, or waited as long."""
+    before = prepare.ProcessorTime(7.0, 5.0, 1000.0, 3.0, 2.0, 1.0)
+    spent = prepare.ProcessorTime(ran=100.0, waited=waited, others=others, **more)
+    after = prepare.ProcessorTime(*map(sum, zip(before, spent, strict=True)))
+    return prepare.share_taken(before, after, 100.0)
+
+
+def test_only_what_others_ran_counts_as_taken():
+    assert as_much_as(others=0) == 0  # three own threads on two processors
+    assert as_much_as(others=1) < prepare.MAX_LACKED  # and what every machine does on the side
+    assert as_much_as(others=100) == pytest.approx(1 / 2)  # two busy neighbours
+    assert as_much_as(others=6000, waited=1) < prepare.MAX_LACKED  # on other processors
+    assert as_much_as(others=0, waited=0, stolen=25.0) == pytest.approx(1 / 5)
+    # In a container whose host is half busy, and whose own threads exceed its quota
+    assert as_much_as(others=6000, throttled=100.0) == 0
+    # or whose quota another process of it has used up
+    assert as_much_as(others=6000, throttled=100.0, group_others=100.0) == pytest.approx(1 / 2)
+    nothing = prepare.ProcessorTime()
+    assert prepare.share_taken(nothing, nothing, 100.0) == 0
+    assert prepare.share_taken(nothing, nothing, 0.0) == 0
+    # A process that sleeps, or waits for its GPU, lost little of its time
+    idle = prepare.ProcessorTime(ran=1.0, waited=2.0, others=100.0)
+    assert prepare.share_taken(nothing, idle, 100.0) == pytest.approx(0.02)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts as Linux does")
+def test_processor_time_is_read_from_what_linux_shows(tmp_path):
+    second = os.sysconf("SC_CLK_TCK")
+    files = {
+        "self/stat": f"42 (a (b) c) R {'0 ' * 10}{3 * second} {second} 0 0",
+        "self/task/42/schedstat": "4000000000 1500000000 9",
+        "self/task/43/schedstat": "1000000000 250000000 9",
+        "self/cgroup": "1:cpu:/old\n0::/box/run\n",
+        "stat": f"cpu  {'9 ' * 10}\n"
+        f"cpu0 {5 * second} {second} {second} 777 888 0 {second} {2 * second} 0 0\n"
+        f"cpu1 {second} 0 {second} 777 888 0 0 {second} 0 0\n"
+        f"cpu10 {90 * second} 0 0 777 888 0 0 {90 * second} 0 0\n"
+        "ctxt 12345\n",
+        "groups/box/run/cpu.stat": "usage_usec 6500000\nnr_periods 5\nthrottled_usec 750000\n",
+    }
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    found = prepare.read_processor_time({0, 1}, tmp_path, tmp_path / "groups")
+    expected = {"ran": 4, "waited": 1.75, "others": 10 - 4, "stolen": 3}
+    assert found._asdict() == expected | {"throttled": 0.75, "group_others": 2.5}
+    found = prepare.read_processor_time({0, 1}, tmp_path, tmp_path / "no groups")
+    assert found._asdict() == expected | {"throttled": 0, "group_others": 0}
+    assert not any(prepare.read_processor_time({0, 1}, tmp_path / "nothing"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_own_processor_time_is_not_others(one_processor):
+    """Nor is that of a thread which has ended: one processor gives others what is left of it."""
+
+    def work():
+        while time.thread_time() < 0.5:
+            sum(range(1000))
+
+    processors = os.sched_getaffinity(0)
+    start = time.monotonic()
+    before = prepare.read_processor_time(processors)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    after = prepare.read_processor_time(processors)
+    wall = time.monotonic() - start
+    ran = after.ran - before.ran
+    assert ran > 0.4
+    assert after.others - before.others < wall - ran + 0.2  # the kernel counts by its ticks
+
+
+@pytest.mark.parametrize("is_integrated", [False, True])
+def test_memory_of_an_integrated_gpu_is_not_called_busy(train, monkeypatch, is_integrated):
+    """There the page cache counts as used, as it is the machine's own memory."""
+    properties = SimpleNamespace(is_integrated=is_integrated)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * 2**30, 128 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 8 * 2**30)
+    monkeypatch.setattr(prepare, "check_device", lambda: None)
+    monkeypatch.setattr(prepare, "MAX_LACKED", 1)
+    state, _ = train(lambda: time.sleep(0.5))
+    assert state == ("machine quiet" if is_integrated else "machine busy")
+
+
+# ------------------------------------------------------------------------------------------------
+# The device
+
+TOO_OLD = (
+    "The NVIDIA driver on your system is too old (found version 12040). Please update your GPU "
+    "driver by downloading and installing a new version from the URL: ... "
+)
+
+
+@pytest.fixture
+def unusable(monkeypatch):
+    """Return a function that lets torch find no usable device, for the reason given."""
+    monkeypatch.delenv("AUTORESEARCH_CORPUS")
+
+    def because(error):
+        def init():
+            raise error
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "init", init)
+
+    return because
+
+
+def test_driver_that_is_too_old_is_one_line(unusable, monkeypatch, tmp_path, tokenizer, cache):
+    unusable(RuntimeError(TOO_OLD))
+    monkeypatch.setattr(sys, "argv", ["prepare.py"])
+    for begin in (
+        prepare.main,
+        lambda: prepare.make_dataloader(tokenizer, 1, 64, "train", "cpu"),
+    ):
+        with pytest.raises(prepare.ContractError, match="too old") as error:
+            begin()
+        assert "\n" not in str(error.value)
+        assert "AUTORESEARCH_CORPUS=python" in str(error.value)
+    monkeypatch.setenv("AUTORESEARCH_CORPUS", "python")  # the CPU is meant
+    assert next(prepare.make_dataloader(tokenizer, 1, 64, "train", "cpu"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AssertionError("Torch not compiled with CUDA enabled"),
+        RuntimeError("Found no NVIDIA driver on your system. Please check that you have one"),
+        RuntimeError("No CUDA GPUs are available"),
+    ],
+)
+def test_machine_without_a_device_is_nothing_to_speak_of(unusable, error, tokenizer, cache):
+    unusable(error)
+    assert next(prepare.make_dataloader(tokenizer, 1, 64, "train", "cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_this_machine_without_a_device_trains_on_its_cpu(monkeypatch, capfd):
+    """With torch's own words, as this version of it has them."""
+    monkeypatch.delenv("AUTORESEARCH_CORPUS")
+    prepare.check_device()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("corpus", ["climbmix", "python"])
+def test_device_that_torch_has_no_kernels_for_is_one_line(monkeypatch, corpus):
+    def fail(*args, **kwargs):
+        raise RuntimeError("CUDA error: no kernel image is available for execution\nsecond line")
+
+    monkeypatch.setenv("AUTORESEARCH_CORPUS", corpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", fail)
+    with pytest.raises(prepare.ContractError, match="no kernel image") as error:
+        prepare.check_device()
+    assert "\n" not in str(error.value) and "CUDA_VISIBLE_DEVICES" in str(error.value)
+
+
+def test_device_without_free_memory_is_usable(monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", fail)
+    prepare.check_device()

@@ -649,13 +649,6 @@ assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 # The text of the two files
 
 
-@pytest.mark.parametrize(("name", "most"), [("train.py", 650), ("prepare.py", 550)])
-def test_file_fits_an_agents_context(name, most):
-    lines = (ROOT / name).read_text().splitlines()
-    assert len(lines) <= most
-    assert max(map(len, lines)) <= 100
-
-
 def test_train_reads_no_environment_and_takes_no_flags():
     source = (ROOT / "train.py").read_text()
     assert not re.search(r"environ|getenv|argparse|sys\.argv", source)

@@ -3,6 +3,7 @@
 What is true of any train.py stands in test_run.py. Tests marked `gpu` need a CUDA device.
 """
 
+import ast
 import functools
 import importlib.util
 import itertools
@@ -13,7 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
+import test_edits
 import torch
+from conftest import make_cache
 from torch._dynamo.utils import counters
 
 import prepare
@@ -86,6 +89,93 @@ def test_shipped_batch_sizes_divide(monkeypatch):
         shipped = constants(on_cuda, monkeypatch)
         rows = shipped.DEVICE_BATCH_SIZE
         assert shipped.TOTAL_BATCH_SIZE % (rows * prepare.SHIPPED["MAX_SEQ_LEN"]) == 0
+
+
+SMALL = {"DEPTH": 2, "ASPECT_RATIO": 8, "HEAD_DIM": 8}  # two heads of four pairs of channels
+OTHER_VALUES = {  # of every knob, different from what SMALL, test_edits.TINY or train.py says
+    "DEPTH": 3,
+    "ASPECT_RATIO": 16,
+    "HEAD_DIM": 4,
+    "WINDOW_PATTERN": "L",
+    "SHORT_WINDOW": 1 / 4,
+    "SOFTCAP": 7,
+    "LOSS_SLICE": 16,
+    "ROPE_BASE": 500,
+    "TOTAL_BATCH_SIZE": 6 * test_edits.SEQ_LEN,
+    "DEVICE_BATCH_SIZE": 1,
+    "EMBEDDING_LR": 0.1,
+    "UNEMBEDDING_LR": 0.02,
+    "MATRIX_LR": 0.01,
+    "SCALAR_LR": 0.1,
+    "WEIGHT_DECAY": 0.9,
+    "ADAM_BETAS": (0.5, 0.9),
+    "WARMUP_RATIO": 0.7,
+    "WARMDOWN_RATIO": 0.8,
+    "FINAL_LR_FRAC": 0.4,
+}
+
+
+def knobs():
+    """Return the names of the constants that stand above the first function of train.py."""
+    names = []
+    for node in ast.parse(test_edits.SOURCE).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            break
+        for part in ast.walk(node):
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                names.append(part.id)
+    return sorted({*names} - {"ON_CUDA"})  # which the machine decides
+
+
+def train_small(monkeypatch, **constants):
+    """Run main() for six batches; return all that a knob may change: batches, weights, summary."""
+    monkeypatch.setattr(prepare, "CLOCK", prepare.Clock())
+    settings = [f"{name} = {value!r}" for name, value in (SMALL | constants).items()]
+    run = test_edits.run_text("\n".join([test_edits.SOURCE, *settings]), monkeypatch)
+    times = ("training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent")
+    summary = {name: value for name, value in run.summary.items() if name not in times}
+    weights = [{name: p.tolist() for name, p in params.items()} for params in run.history]
+    return (
+        run.shapes,
+        summary,
+        weights,
+        {name: p.tolist() for name, p in run.model.named_parameters()},
+    )
+
+
+@pytest.fixture(scope="module")
+def small_contract(corpus, tmp_path_factory):
+    some = {split: documents[:2000] for split, documents in corpus.items()}
+    folder = make_cache(tmp_path_factory.mktemp("knobs"), some, **test_edits.CONTRACT)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (test_edits.CONTRACT | {"CACHE_DIR": folder}).items():
+            patch.setattr(prepare, name, value)
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def as_shipped(small_contract):
+    """What a run gives with no knob turned, twice the same."""
+    runs = []
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            runs.append(train_small(patch))
+    assert runs[0] == runs[1]
+    return runs[0]
+
+
+@pytest.mark.parametrize("name", knobs())
+def test_no_knob_is_dead(name, as_shipped, monkeypatch):
+    """Another value of it changes something: batches, weights or the summary, to the last bit."""
+    assert name in OTHER_VALUES, f"give OTHER_VALUES another value of {name}"
+    assert train_small(monkeypatch, **{name: OTHER_VALUES[name]}) != as_shipped
+
+
+def test_a_dead_knob_would_be_found(as_shipped, monkeypatch):
+    assert train_small(monkeypatch, NO_SUCH_KNOB=1) == as_shipped
 
 
 # ------------------------------------------------------------------------------------------------
