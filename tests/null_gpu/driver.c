@@ -1,8 +1,8 @@
 /* A CUDA driver, runtime and cuBLAS that do nothing, preloaded where there is no GPU.
 
    torch sees one card. Its memory is address space that is never filled, so the allocator's sizes
-   and peaks are true; launches succeed and compute nothing, so values are zeros or whatever was
-   copied there. What torch imports and this file lacks is added by null_gpu.py: it returns 0.
+   and peaks are true; launches succeed and compute nothing, and whatever the host reads from the
+   device is 0. What torch imports and this file lacks is added by null_gpu.py: it returns 0.
 
    Environment: NULL_GPU_CC       compute capability times ten (90)
                 NULL_GPU_GB       memory in GB of 1e9 bytes (85)
@@ -38,6 +38,15 @@ static double setting(const char *name, double otherwise) {
 }
 
 static int capability(void) { return (int)setting("NULL_GPU_CC", 90); }
+
+/* The architecture of torch's kernels that the device would run: the newest that is not newer. */
+static int kernels_of(int capability) {
+    static const int built[] = {120, 100, 90, 86, 80, 75};
+    for (unsigned i = 0; i < sizeof built / sizeof *built; i++)
+        if (built[i] <= capability) return built[i];
+    return 0;
+}
+
 static int driver_version(void) { return (int)setting("NULL_GPU_DRIVER", NEWEST_DRIVER); }
 static size_t total_bytes(void) { return (size_t)(setting("NULL_GPU_GB", 85) * 1e9); }
 static int is_unified(void) { return getenv("NULL_GPU_UNIFIED") != NULL; }
@@ -145,9 +154,14 @@ cudaError_t cudaFreeHost(void *pointer) {
     return cudaSuccess;
 }
 
-/* Within the device nothing is copied: it would fill address space with real pages of zeros. */
+/* Nothing reaches the device, so its address space gets no real pages; what is read there is 0. */
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
-    if (kind != cudaMemcpyDeviceToDevice) memcpy(to, from, size);
+    if (kind == cudaMemcpyDefault) {
+        if (is_on_device(to)) return cudaSuccess;
+        kind = is_on_device(from) ? cudaMemcpyDeviceToHost : cudaMemcpyHostToHost;
+    }
+    if (kind == cudaMemcpyDeviceToHost) memset(to, 0, size);
+    if (kind == cudaMemcpyHostToHost) memcpy(to, from, size);
     return cudaSuccess;
 }
 
@@ -357,8 +371,8 @@ cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const v
     memset(attributes, 0, sizeof *attributes);
     attributes->maxThreadsPerBlock = 1024;
     attributes->numRegs = 32;
-    attributes->ptxVersion = capability();
-    attributes->binaryVersion = capability();
+    attributes->ptxVersion = kernels_of(capability());
+    attributes->binaryVersion = kernels_of(capability());
     attributes->maxDynamicSharedSizeBytes = SHARED_BYTES_OPTIN;
     return cudaSuccess;
 }
