@@ -813,16 +813,17 @@ def copy_state(model):
 def check_unchanged(model, state, inputs, targets, vocab_size, scores):
     """Raise ContractError if the model is not the one that gave these scores.
 
-    state: copy_state(model) from before. What the model learned from text that it was scored on
-    shows in its state, or in other scores for the same rows.
+    state: copy_state(model) from then. What the model learned from text that it was scored on shows
+    in its state, or in other scores for the same rows.
     """
     refusal = "the model is not the same at every call, and evaluation is no training"
+    again = score_batch(model, inputs, targets, vocab_size)
+    # Compared after the same rows: a mask that is made anew for a short batch is as it was by now
     after = copy_state(model)
     for name in {**state, **after}:
         is_same = name in state and name in after and torch.equal(state[name], after[name])
         if not is_same:
             raise ContractError(f"{refusal}: {name} changed while the model was scored")
-    again = score_batch(model, inputs, targets, vocab_size)
     change = (again - scores).abs().max().item()
     if change > PROBE_TOLERANCE:
         nats = f"{scores[0].mean():.4f} nats a token, then {again[0].mean():.4f}"
@@ -892,19 +893,18 @@ def evaluate_bpb(model, tokenizer, batch_size, split="val"):
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     was_training = model.training
     model.eval()
-    state = copy_state(model)
-    first = None  # what was scored first
+    first = None  # what was scored first, and the model's state by then
     sum_nats = 0.0
     sum_bytes = 0
     for inputs, targets in make_dataloader(tokenizer, batch_size, MAX_SEQ_LEN, split, device):
         scores = score_batch(model, inputs, targets, tokenizer.vocab_size)
         if first is None:
-            first = (inputs, targets, tokenizer.vocab_size, scores)
-            check_causality(model, state, *first)
+            first = (copy_state(model), inputs, targets, tokenizer.vocab_size, scores)
+            check_causality(model, *first)
         num_bytes = tokenizer.token_bytes[targets.cpu()]
         sum_nats += scores[0].double()[num_bytes > 0].sum().item()
         sum_bytes += num_bytes.sum().item()
-    check_unchanged(model, state, *first)
+    check_unchanged(model, *first)
     model.train(was_training)
     return sum_nats / (math.log(2) * sum_bytes)
 
