@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+import warnings
 
 import torch
 import torch.nn as nn
@@ -692,12 +693,13 @@ def main():
     if ON_CUDA:
         device = torch.device("cuda")
         device_name = torch.cuda.get_device_name()
+        warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # greets every run
         device_bytes = torch.cuda.get_device_properties(device).total_memory
     else:
         device = torch.device("mps" if torch.mps.is_available() else "cpu")
         device_name = device.type
-    if device.type == "cpu":
-        tune_cpu()
+        if device.type == "cpu":
+            tune_cpu()
     tokenizer = prepare.Tokenizer.from_directory()
     vocab_size = tokenizer.vocab_size
     context = prepare.MAX_SEQ_LEN
