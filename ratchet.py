@@ -12,13 +12,13 @@ LOWER_IS_BETTER = True  # False for a metric that should rise
 ANY_DECREASE = False  # True keeps whatever is better at all, however little, after one run
 
 # The bars, in standard errors of the difference between an idea and its parent
-LOW = 0.2  # after one run each: not above this is a discard
+LOW = 0.0  # after one run each: not above this is a discard
 HIGH = 1.25  # after one run each: above this is a keep; between the two, both run once more
-BAR = 0.7  # after two runs each: above this is a keep
+BAR = 0.4  # after two runs each: above this is a keep
 SIMPLER = -0.5  # an idea that takes out code is kept above this
 
 LAST_RUNS = 3  # runs of the parent that count, the latest ones
-HALF_LIFE = 3  # repeats after which a repeat weighs half in the noise; math.inf: all weigh the same
+HALF_LIFE = 2  # repeats after which a repeat weighs half in the noise; math.inf: all weigh the same
 PARENT_AGE_MINUTES = 75  # a parent that last ran longer ago runs again: machines drift
 
 
