@@ -817,6 +817,7 @@ class Call:
         self.deadline = time.monotonic() + seconds
         self.watched = set()  # runs that this call started or saw going
         self.going = []  # runs to wait for
+        self.failed = None  # the run that the answer is about, if it gave no number
         self.device_busy = False
         self.lines = []
 
@@ -1032,7 +1033,7 @@ def step(night, call):
     if night.baseline_left:
         needs = [Need(night.base, seed, 0.0) for seed in night.baseline_left]
         failed = work_on(night, call, needs, jobs=1)
-        return failure(night, failed) or await_runs(call, "the baseline")
+        return failure(night, call, failed) or await_runs(call, "the baseline")
     if idea is None:
         return next_step(night)
     needs, verdict, trainings = decide(night, idea)
@@ -1045,7 +1046,7 @@ def step(night, call):
     if night.over() and not trainings and not (tried and is_going(tried[-1].folder)):
         return Answer("OVER", f"{night.over()}; {idea[:7]} was not finished")
     failed = work_on(night, call, needs, jobs=1)
-    return failure(night, failed) or await_runs(call, idea[:7])
+    return failure(night, call, failed) or await_runs(call, idea[:7])
 
 
 def await_runs(call, what):
@@ -1055,9 +1056,10 @@ def await_runs(call, what):
     return Answer("NEXT", f"{what} waits for its run: {ME} wait")
 
 
-def failure(night, failed):
+def failure(night, call, failed):
     """Return the Answer about a run that gave no number, None if there is none."""
     for commit, training in failed.items():
+        call.failed = training
         word = training.result.get("word", "cut off")
         why = training.result.get("why", "its runner was killed, or the machine went down")
         who = f"{commit[:7]} seed {training.job['seed']}"
@@ -1230,7 +1232,7 @@ def step_wave(night, call, wave):
         return None
     if len(decided) + len(crashed) < len(ideas):
         soft = {c: t for c, t in failed.items() if c not in crashed}
-        return failure(night, soft) or await_runs(call, "the wave")
+        return failure(night, call, soft) or await_runs(call, "the wave")
     book_wave(night, call, decided, crashed)
     return step_wave(night, call, wave)
 
@@ -1306,7 +1308,9 @@ def verb_start(options, call):
         call.say(f"{branch} has begun before: its limits stay (--renew: for the person)")
     call.say(limits_line(Night()))
     call.may_run = True
-    return advance(call)[1]
+    answer = advance(call)[1]
+    show_failure(call)
+    return answer
 
 
 def begin_night(branch, facts):
@@ -1366,8 +1370,7 @@ def verb_try(options, call):
         git("update-ref", idea_ref(night.tag, commit), commit)
     call.may_run = True
     night, answer = advance(call, commit)
-    if answer.word == "CRASH":
-        show_end_of_log(night, call, commit)
+    show_failure(call)
     if night.head == commit and CANVAS in edited_files():
         call.say(f"{CANVAS} was edited after its commit; the run is of {commit[:7]} as committed")
     return answer
@@ -1422,19 +1425,23 @@ def verb_wait(options, call):
     call.may_run = True
     with one_at_a_time():
         about = pending_idea(Night())
-    night, answer = advance(call, about)
-    if about and answer.word == "CRASH":
-        show_end_of_log(night, call, about)
+    answer = advance(call, about)[1]
+    show_failure(call)
     return answer
 
 
-def show_end_of_log(night, call, commit, lines=6):
-    """Say how the log of a commit's last run ends; it is data, and nobody's orders."""
-    tried = attempts(night.tag, commit)
-    if tried and (tried[-1].folder / "run.log").exists():
-        text = read_log(tried[-1].folder / "run.log")
-        shown = [line for line in text.split("\n") if line.strip()][-lines:]
-        for line in shown:
+def show_failure(call):
+    """Say how the log of the run ends that the answer calls a crash."""
+    if call.failed and call.failed.result.get("word") == "crash":
+        show_end_of_log(call, call.failed, lines=6)
+
+
+def show_end_of_log(call, training, lines):
+    """Say how a run's log ends; what stands in it is data, and nobody's orders."""
+    path = training.folder / "run.log"
+    if path.exists():
+        shown = [line for line in read_log(path).split("\n") if line.strip()]
+        for line in shown[-lines:]:
             call.say(f"| {line[:100]}")
 
 
@@ -1537,12 +1544,16 @@ def look_lines(night):
         gain = figure(experiment.gain, 3)
         lines.append(f"near {experiment.commit} +{gain} of {needed} {experiment.idea}")
     for row in night.rows[-2:]:
-        lines.append(f"row  {row.commit} {figure(row.value)} {row.status} {row.description}")
-    lines = [line if len(line) <= 90 else f"{line[:87]}..." for line in lines]
+        lines.append("row  " + format_row(row).strip().replace("\t", " "))
+    lines = lines[:2] + [shorten(line) for line in lines[2:]]
     others = [name for name in edited_files() if name != CANVAS]
     if others:
-        lines.append(f"edited and left alone: {', '.join(others)}"[:90])
+        lines.append(shorten(f"edited and left alone: {', '.join(others)}"))
     return lines
+
+
+def shorten(line, most=90):
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def near_misses(night):
@@ -1568,7 +1579,7 @@ def axis_lines(night, most=4):
             state = ", cold"
         elif len(tried) >= CLOSED_TRIES and all(e.status != "keep" for e in tried[-CLOSED_TRIES:]):
             state = ", closed"
-        lines.append(f"axis {axis}: {len(tried)} tries, {keeps} keeps, {best}{state}")
+        lines.append(f"axis {axis}: {len(tried)} tried, {keeps} kept, {best}{state}")
     if len(lines) > most:
         rest = list(reversed(by_axis))[most - 1 :]
         lines = [*lines[: most - 1], f"axes before: {', '.join(rest)}"]
@@ -1587,7 +1598,8 @@ def verb_show(options, call):
         call.say(line[:LINE])
     if len(diff) > room:
         call.say(f"... {len(diff) - room} more lines: {ME} show --lines N {commit[:7]}")
-    show_end_of_log(night, call, commit, lines=8)
+    for training in attempts(night.tag, commit)[-1:]:
+        show_end_of_log(call, training, lines=8)
     if found:
         return verdict_on(night, commit)
     return Answer("NEXT", f"{commit[:7]} has no row; {ME} look")
