@@ -32,7 +32,7 @@ SEEDS = (42, 43, 44)
 LOSS = 3.0  # mean loss of a bad idea
 MIXES = ((0.2, 0.5), (0.2, 2.0), (0.1, 1.0))  # share of good ideas, their mean gain
 SIMPLE = (0.3, 0.3)  # share of ideas that simplify, standard deviation of what they gain
-ENOUGH = 200  # commits with repeats, the latest ones, that a wave's noise is reckoned from
+ENOUGH = 50  # commits with repeats, the latest ones, that the noise in waves is reckoned from
 
 
 class Rule(NamedTuple):
