@@ -644,21 +644,23 @@ def test_an_idea_needs_an_axis_and_an_edit(agent):
     assert agent.head() == head
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["data: tab\there\nline\r\nend", r"data: 50% of \t '$HOME' `id` \\", "data: -n é", "a:#b"],
-)
-@pytest.mark.parametrize("way", ["word", "stdin", "file"])
-def test_any_idea_is_one_field(agent, text, way):
-    agent.edit(0.9990)
-    if way == "word":
-        agent.call("try", text)
-    elif way == "stdin":
-        agent.call("try", "-", given=text)
-    else:
-        agent.write("runs/idea.txt", text)
-        agent.call("try", "--file", "runs/idea.txt")
-    assert agent.told() == [("discard", " ".join(text.split()))]
+IDEAS = ("data: tab\there\nline\r\nend", r"data: 50% of \t '$HOME' `id` \\", "data: -n é", "a:#b")
+
+
+@pytest.mark.parametrize("text", IDEAS)
+def test_any_idea_is_one_field(agent, text):
+    told = []
+    for number, way in enumerate(("word", "stdin", "file")):
+        agent.edit(0.9990 + number / 10000)
+        if way == "word":
+            agent.call("try", text)
+        elif way == "stdin":
+            agent.call("try", "-", given=text)
+        else:
+            agent.write("runs/idea.txt", text)
+            agent.call("try", "--file", "runs/idea.txt")
+        told.append(("discard", " ".join(text.split())))
+        assert agent.told() == told
 
 
 # ------------------------------------------------------------------------------------------------
@@ -976,8 +978,9 @@ def test_a_recipe_in_a_subfolder_of_a_larger_repository(tmp_path):
     assert agent.git("diff", "--name-only", base, "HEAD") == "recipes/gpt two/train.py"
     assert (top / "other.txt").read_text() == "edited\n"
     worse = agent.rows()[3][0]
-    assert agent.call("wave", worse)[0] == "REFUSED"  # has its row
-    assert agent.git("status", "--porcelain") == " M ../../other.txt"
+    word, out = agent.call("wave", worse)
+    assert word == "REFUSED" and "does not apply" in out  # other lines than those it changed
+    assert agent.git("status", "--porcelain") == " M other.txt"
 
 
 def test_in_a_worktree(agent, tmp_path):
@@ -1052,8 +1055,7 @@ def test_any_number_as_the_metric(tmp_path, values, better, lower):
     text = (agent.folder / "ratchet.py").read_text()
     agent.write("ratchet.py", text.replace("LOWER_IS_BETTER = True", f"LOWER_IS_BETTER = {lower}"))
     no_memory = agent.canvas(values).replace("peak_vram_mb:     %s\n", "").replace(", MB))", "))")
-    no_memory = no_memory.replace("(VALUES[seed])", "(VALUES[seed],)").replace(":.4f}", "}")
-    agent.write("train.py", no_memory.replace("% (VALUES[seed]", "% (VALUES[seed],"))
+    agent.write("train.py", no_memory.replace("% (VALUES[seed])", "% (VALUES[seed],)"))
     agent.git("commit", "-qam", "another number")
     assert agent.call("start", "nov21")[0] == "NEXT"
     assert [float(row[1]) for row in agent.rows()] == pytest.approx(values, rel=1e-5)
@@ -1150,7 +1152,8 @@ def test_the_answers_of_an_experiment_are_short(agent):
     for i, idea in enumerate(ideas):
         status = "keep" if i % 3 == 0 else "discard"
         commit = f"{i + 1:07x}"
-        rows.append(ratchet.Row(commit, 0.99 - i / 1000 + (i % 3) / 900, 44.0, status, idea, 42))
+        value = 0.99 - i // 3 / 1000 - (i % 3) / 10000
+        rows.append(ratchet.Row(commit, value, 44.0, status, idea, 42))
         agent.git("update-ref", f"refs/autoresearch/nov21/{commit}", "HEAD")
     ratchet.append_rows(agent.folder / "results.tsv", rows)
     agent.write("notes.md", "edited")
@@ -1193,7 +1196,7 @@ def test_patience_counts_from_the_last_keep(fresh):
 
 
 def test_an_idea_is_finished_past_the_end(agent):
-    agent.edit(0.9958, 0.9957, last_words=f"if seed == 43:\n    {SLOW}".replace("\nw", "\n    w"))
+    agent.edit(0.9975, 0.9970, last_words=f"if seed == 43:\n    {SLOW}".replace("\nw", "\n    w"))
     call = agent.start_process("try", "width: slow")
     wait_for(agent.folder / "up")
     facts = json.dumps({"experiments": None, "until": 1, "patience": None, "launch": ""})
@@ -1216,6 +1219,7 @@ def test_a_long_night_costs_no_more_processes(agent, tmp_path):
         agent.call("look")
         return len((tmp_path / "count").read_text().splitlines())
 
+    agent.call("start", "nov21", "--renew")  # without limits
     agent.attempt("width: kept", 0.9960)
     kept = agent.git("rev-parse", "HEAD")
     before = count()
@@ -1260,8 +1264,7 @@ def test_a_wave(fresh):
     texts = [fresh.canvas((0.9960, 0.996), last_words=meet[0])]
     texts += [fresh.canvas((0.9950, 0.995), last_words=meet[1], mb=1024), "raise MemoryError\n"]
     worse, best, broken = ideas_of(fresh, *texts)
-    word, out = fresh.call("wave", worse, best, broken)
-    assert word == "KEEP"
+    assert fresh.call("wave", worse, best, broken)[0] == "KEEP"
     rows = fresh.rows()[3:]
     assert [(row[0], row[3]) for row in rows[:3]] == [
         (broken, "crash"),
@@ -1299,7 +1302,8 @@ def test_the_keeps_of_a_wave_are_combined(fresh):
     assert "A = 0.01\n" in text and "B = 0.02\n" in text and "C = 0\n" in text
     # A discarded idea can be tried again on what was kept since
     again = fresh.rows()[3][0]
-    assert fresh.call("wave", again)[0] == "REFUSED"
+    assert fresh.call("wave", again)[0] == "DISCARD"
+    assert [row[3:] for row in fresh.rows()[3:4]] == [row[3:] for row in fresh.rows()[7:]]
 
 
 def test_a_wave_through_a_busy_machine(fresh):
@@ -1332,7 +1336,7 @@ def test_a_wave_of_what_is_no_idea(agent, case):
     (idea,) = ideas_of(agent, agent.canvas((0.9950,)))
     agent.attempt("width: kept", 0.9960)
     word, out = agent.call("wave", idea)
-    assert word == "DISCARD" and "does not apply" in out
+    assert word == "REFUSED" and "does not apply" in out
     assert len(agent.rows()) == 4
 
 
@@ -1420,11 +1424,12 @@ def play(agent, script, ideas):
         said = cut_call(agent, script, "look")
         if said is None:
             continue
-        tried = {row[4].split(";")[0].split(",")[0] for row in agent.rows()}
-        idea = next((idea for idea in ideas if idea not in tried), None)
         if said.startswith("REFUSED no night"):
             cut_call(agent, script, "start", "nov21")
-        elif said.startswith("CRASH"):
+            continue
+        tried = {row[4].split(";")[0].split(",")[0] for row in agent.rows()}
+        idea = next((idea for idea in ideas if idea not in tried), None)
+        if said.startswith("CRASH"):
             cut_call(agent, script, "drop", "no use")
         elif "ratchet.py wait" in said:
             cut_call(agent, script, "wait")
@@ -1458,8 +1463,6 @@ def test_a_night_cut_after_every_step_goes_on(tmp_path):
     script.write_text(CUT.format(folder=str(agent.folder), cuts=str(cuts), file=file))
     play(agent, script, ideas)
     assert len(json.loads(cuts.read_text())) > 40
-    if not agent.rows()[3:]:
-        raise AssertionError(agent.rows())
     assert agent.told(0) == [
         ("keep", "baseline, seed 42"),
         ("keep", "baseline, seed 43"),
