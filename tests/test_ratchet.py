@@ -1379,7 +1379,7 @@ cuts = Path({cuts!r})
 def state():
     head = ratchet.git_or_none("rev-parse", "HEAD")
     rows = ratchet.LEDGER.read_text().count("\\n") if ratchet.LEDGER.exists() else 0
-    return head, rows, len(list(ratchet.RUNS.glob("*/job.json")))
+    return head, rows, len(list(ratchet.RUNS.glob("*/result.json")))
 
 def then_cut(name, function):
     def step(*args, **options):
