@@ -456,6 +456,7 @@ def read_result(text, exit_status, job):
         "total_seconds": find(rf"^total_seconds: +{number}$", text),
         "steps": find(r"^num_steps: +(\d+)$", text, int),
         "setting": setting,
+        "compile": find(r"^attention: .*, compile: (\w+)$", text, str),
         "losses": dict(re.findall(r"^step +(\d+) .*\| loss ([-+.\w]+)", text, re.M)),
         "notes": odd_speed(text, number),
         "ended": time.time(),
@@ -697,8 +698,6 @@ def keep_log(log):
 
 # --- The night ------------------------------------------------------------------------------------
 
-STALE = 7.5  # times HARD_LIMIT: a parent that ran longer ago runs again beside the idea
-
 
 class Night:
     """What git, the ledger and the runs say of the night at this moment."""
@@ -739,10 +738,6 @@ class Night:
             if training.result.get("word") == "valid":
                 return training.result["setting"]
         return {}
-
-    @property
-    def stale_seconds(self):
-        return STALE * hard_limit(self.base)
 
     @property
     def baseline_left(self):
@@ -942,7 +937,7 @@ def decide(night, idea):
     """Return (needs, verdict, trainings) of an idea: what is to run first, or the Verdict."""
     ours = valid_attempts(night, idea)
     first = next((t for t in ours if t.job["seed"] == SEEDS[0]), None)
-    since = (first.job["started"] if first else time.time()) - night.stale_seconds
+    since = (first.job["started"] if first else time.time()) - 60 * PARENT_AGE_MINUTES
     needs = []
     if not any(t.job["started"] > since for t in valid_attempts(night, night.kept)):
         needs.append(Need(night.kept, SEEDS[0], since))
@@ -1135,7 +1130,19 @@ def verdict_on(night, commit):
         text += f", mean of {len(experiment.runs)}"
     if simpler:
         text += ", less code"
-    return Answer(word, text)
+    return Answer(word, text + beside_parent(night, commit, experiment.parent))
+
+
+def beside_parent(night, commit, parent):
+    """Return in words how an idea's last run went on, where its parent's went on otherwise."""
+    ours = valid_attempts(night, commit)[-1:]
+    theirs = valid_attempts(night, parent)[-1:]
+    words = ""
+    for new, old in zip(ours, theirs, strict=False):
+        for key, unit in (("steps", "steps"), ("compile", "to compile")):
+            if new.result[key] != old.result[key]:
+                words += f", {new.result[key]} {unit} (the parent {old.result[key]})"
+    return words
 
 
 def mean_value(runs):
@@ -1850,7 +1857,7 @@ def main():
     if words[:1] == ["_run"]:  # the runner that start_run starts; not for people
         # A client may end a call with all that descends from it, sessions of their own included
         if os.getsid(0) == os.getpid() and os.fork():
-            return 0
+            os._exit(0)
         folder = Path(words[1])
         (folder / "alive").write_text(str(os.getpid()))
         run_training(folder, [int(fd) for fd in words[3:]])
