@@ -951,7 +951,10 @@ def decide(night, idea):
     runs = [Run(idea[:7], t.job["seed"], t.value) for t in trainings]
     noise = noise_of([row.run for row in night.rows if row.status != "crash"] + runs)
     verdict = judge(runs, parent, noise, takes_out_code(night.kept, idea))
-    if verdict.word == "repeat" and not second and not same_losses(night, first):
+    unclear = first.folder / "unclear"  # once said, it holds: both run again, whatever comes
+    if not second and verdict.word == "repeat" and not same_losses(night, first):
+        unclear.touch()
+    if not second and unclear.exists():
         since = first.job["started"]
         theirs = [t for t in valid_attempts(night, night.kept) if t.job["started"] > since]
         if not any(t.job["seed"] == SEEDS[1] for t in theirs):

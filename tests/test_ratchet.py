@@ -422,6 +422,13 @@ def test_a_parents_second_run_has_a_row(agent):
     ]
 
 
+def test_what_is_unclear_is_not_decided_by_its_parents_second_run_alone(agent):
+    """The parent's second run changes the noise, and with it the bar of a single run."""
+    agent.attempt("width: wider", 0.9960, 0.9960)
+    assert agent.attempt("width: more", 0.9954, 0.9970)[0] == "DISCARD"
+    assert [row[4] for row in agent.rows()[5:]] == ["width: more", "width: more, seed 43"]
+
+
 def test_seeds_are_compared_like_with_like(agent):
     """Seed 43 was the lucky one of the baseline; an idea no better than its parent is not kept."""
     word, out = agent.attempt("width: same", 0.9979, 0.9975, loss="1.5 / step")
