@@ -1122,7 +1122,7 @@ def verdict_on(night, commit):
     experiment = found[0]
     word = experiment.status.upper()
     if not experiment.runs:
-        return Answer(word, f"{commit[:7]} is given up: {experiment.idea}"[:LINE])
+        return Answer("DISCARD", f"{commit[:7]} is booked as a crash: {experiment.idea}"[:LINE])
     if experiment.idea.endswith(NO_EFFECT):
         return Answer(word, "no effect: every loss is its parent's; is the edit reached?")
     simpler = takes_out_code(full_commit(night.tag, experiment.parent), commit)
