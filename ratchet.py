@@ -14,7 +14,7 @@ nothing of the model or of the metric. What it knows of a night is in git, resul
 
 Any command may be killed at any time. The next one looks at these and goes on.
 
-Sections: the rule, the ledger, git, a run, the night, deciding, answers, verbs, command line.
+Sections: the rule, the ledger, git, a run, the night, deciding, waves, verbs, command line.
 """
 
 import argparse
@@ -387,6 +387,7 @@ class Training(NamedTuple):
     folder: Path
     job: dict  # what was to be run
     result: dict  # what came of it; empty while it runs, or if it was cut off
+    going: bool  # whether its runner lives and has written no result
 
     @property
     def value(self):
@@ -551,7 +552,9 @@ def attempts(tag, commit, split="val"):
     for path in RUNS.glob(f"{commit[:7]}-*/job.json"):
         job = read_json(path)
         if job["tag"] == tag and job["split"] == split:
-            found.append(Training(path.parent, job, read_json(path.parent / "result.json")))
+            going = is_going(path.parent)  # asked first: a run that ends now has a result then
+            result = read_json(path.parent / "result.json")
+            found.append(Training(path.parent, job, result, going and not result))
     return sorted(found, key=lambda training: training.job["started"])
 
 
@@ -982,7 +985,7 @@ def same_losses(night, training):
 def idea_rows(night, idea, verdict, trainings, words):
     """Return the rows of a decided idea."""
     for note in sorted({note for t in trainings for note in t.result["notes"]}):
-        words += f" [{note}]"
+        words += f" [{note}]"  # for a person's eyes: no verdict depends on it
     if verdict.word == "discard" and same_losses(night, trainings[0]):
         words += NO_EFFECT
     return [row_of(training, verdict.word, words) for training in trainings]
@@ -1025,7 +1028,7 @@ def work_on(night, call, needs, jobs, patient=False):
     waiting = []
     for need in needs:
         training = last_attempt(night, need)
-        if training and not training.result and is_going(training.folder):
+        if training and training.going:
             call.going.append(training)
             call.watched.add(training.folder.name)
             continue
@@ -1049,7 +1052,7 @@ def work_on(night, call, needs, jobs, patient=False):
             call.device_busy = True
             break
         call.watched.add(folder.name)
-        call.going.append(Training(folder, read_json(folder / "job.json"), {}))
+        call.going.append(Training(folder, read_json(folder / "job.json"), {}, True))
     return failed
 
 
@@ -1070,11 +1073,13 @@ def step(night, call):
     needs, verdict, trainings = decide(night, idea)
     if verdict:
         night.book(idea_rows(night, idea, verdict, trainings, subject(idea)))
+        for note in trainings[-1].result["notes"]:
+            call.say(f"odd: {note}")
         if verdict.word == "discard":
             put_back(night, call)
         return verdict_on(night, idea)
     tried = attempts(night.tag, idea)
-    if night.over() and not trainings and not (tried and is_going(tried[-1].folder)):
+    if night.over() and not trainings and not (tried and tried[-1].going):
         return Answer("OVER", f"{night.over()}; {idea[:7]} was not finished")
     failed = work_on(night, call, needs, jobs=1)
     return failure(night, call, failed) or await_runs(call, idea[:7])
@@ -1198,7 +1203,8 @@ def running(night, call):
     return Answer("RUNNING", f"{left:.0f} s left of {who}: {ME} wait")
 
 
-# A wave: several ideas on one parent, each a run of its own, then the keeps on top of each other
+# --- Waves ----------------------------------------------------------------------------------------
+# Several ideas on one parent, each a run of its own; then the keeps, one on top of the other.
 
 
 def read_wave():
@@ -1704,38 +1710,42 @@ def verb_final(options, call):
             raise Refused(f"the night goes on: end it first with {ME} stop --night")
         if night.kept == night.base:
             raise Refused("nothing was kept, so there is nothing to compare with the base")
+    wanted = [(commit, seed) for seed in SEEDS for commit in (night.base, night.kept)]
+    values = {}
     while True:
-        missing = []
         with one_at_a_time():
-            values = {}
-            for seed in SEEDS:
-                for commit in (night.base, night.kept):
-                    tried = attempts(night.tag, commit, "test")
-                    tried = [t for t in tried if t.job["seed"] == seed]
-                    done = [t for t in tried if t.result.get("word") == "valid"]
-                    going = [t for t in tried if is_going(t.folder)]
-                    failed = [t for t in tried if t.folder.name in call.watched and t.result]
-                    if done:
-                        values[commit, seed] = done[-1].value
-                    elif failed:
-                        return Answer(
-                            "CRASH", f"{failed[-1].folder.name}: {failed[-1].result['why']}"
-                        )
-                    else:
-                        missing.append((commit, seed))
-                        call.going += going
-            if missing and not call.going:
-                folder = start_run(night, *missing[0], split="test", foreground=call.foreground)
-                if folder:
-                    call.watched.add(folder.name)
-                    call.going = [Training(folder, read_json(folder / "job.json"), {})]
-        if not missing:
-            break
+            failed = step_final(night, call, wanted, values)
+        if failed:
+            show_end_of_log(call, failed, lines=6)
+            return Answer("CRASH", f"{failed.folder.name}: {failed.result.get('why', 'cut off')}")
+        if len(values) == len(wanted):
+            return final_table(night, call, values)
         wait_for(call, POLL_SECONDS[0])
-        if time.monotonic() >= call.deadline and call.going:
-            return running(night, call)
-        call.going = []
-    return final_table(night, call, values)
+        if time.monotonic() >= call.deadline:
+            return Answer("RUNNING", f"{len(values)} of {len(wanted)} runs are done: {ME} final")
+
+
+def step_final(night, call, wanted, values):
+    """Take in what was scored on the test shard and start what is missing; return a failed run."""
+    call.going = []
+    for commit, seed in wanted:
+        tried = attempts(night.tag, commit, "test")
+        last = ([t for t in tried if t.job["seed"] == seed] or [None])[-1]
+        if last and last.result.get("word") == "valid":
+            values[commit, seed] = last.value
+        elif last and last.going:
+            call.watched.add(last.folder.name)
+            call.going = [last]
+            return None
+        elif last and last.folder.name in call.watched:
+            return last
+        else:
+            folder = start_run(night, commit, seed, split="test", foreground=call.foreground)
+            if folder:
+                call.watched.add(folder.name)
+                call.going = [Training(folder, {}, {}, True)]
+            return None
+    return None
 
 
 def final_table(night, call, values):

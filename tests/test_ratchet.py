@@ -656,7 +656,9 @@ def test_equal_losses_with_a_clear_gain_are_a_keep(agent):
     ],
 )
 def test_an_impossible_speed_is_named(agent, settings, said):
-    assert agent.attempt("speed: unbelievable", 0.9960, **settings)[0] == "KEEP"
+    word, out = agent.attempt("speed: unbelievable", 0.9960, **settings)
+    assert word == "KEEP"
+    assert ("odd: " in out) == bool(said)
     description = agent.rows()[-1][4]
     assert said in description
     assert (description == "speed: unbelievable") == (not said)
