@@ -81,11 +81,20 @@ def wait_until(true):
 # --- Slurm ----------------------------------------------------------------------------------------
 
 
+def has_ended(pid):
+    """Return whether a process is gone, or is dead and nobody has asked for its status."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    return "\nState:\tZ" in status
+
+
 def end_process(pid_file):
-    """End the process that wrote this file, and wait until it is gone."""
+    """End the process that wrote this file, and wait until it has ended."""
     pid = int(pid_file.read_text())
     os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    wait_until(lambda: has_ended(pid))
 
 
 @contextlib.contextmanager
