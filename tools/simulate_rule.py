@@ -13,6 +13,7 @@ that build on each other, an agent that learns from the ledger.
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -106,7 +107,7 @@ class Machine(NamedTuple):
     drift: float = 0.0  # stationary standard deviation of the machine's drift
     memory: int = 1  # runs in which the machine forgets where it was
     seed_share: float = 0.0  # of the variance of one run: what its seed does to all commits alike
-    noise: callable = steady_noise
+    noise: Callable = steady_noise  # (rng, num_nights) to (num_nights, RUNS) deviations
 
 
 STEADY = "steady"
