@@ -850,6 +850,7 @@ class Call:
         self.going = []  # runs to wait for
         self.failed = None  # the run that the answer is about, if it gave no number
         self.device_busy = False
+        self.pause = POLL_SECONDS[0]  # before it is asked again whether the device is free
         self.lines = []
 
     def say(self, line):
@@ -1159,7 +1160,6 @@ def mean_value(runs):
 
 def advance(call, commit=None):
     """Go on until there is an Answer or the call's time is over; commit: what the call is about."""
-    pause = POLL_SECONDS[0]
     while True:
         with one_at_a_time():
             night = Night()
@@ -1171,22 +1171,29 @@ def advance(call, commit=None):
             return night, answer
         if not call.may_run:
             return night, running(night, call)
-        pause = wait_for(call, pause)
+        wait_for(call)
         if time.monotonic() >= call.deadline:
             if call.going:
                 return night, running(night, call)
             return night, Answer("BUSY", f"another training has this device: {ME} wait")
 
 
-def wait_for(call, pause):
-    """Sleep until a run ends or the call's time is over; return how long to sleep at first."""
-    while True:
-        left = call.deadline - time.monotonic()
-        time.sleep(max(0.0, min(pause, left)))
+def wait_for(call):
+    """Sleep until one of the call's runs ends; where the device is in use, longer each time."""
+    if not call.going:
+        sleep_until(call, call.pause)
+        call.pause = min(2 * call.pause, POLL_SECONDS[1])
+        return
+    call.pause = POLL_SECONDS[0]
+    pause = POLL_SECONDS[0]
+    while all(is_going(t.folder) for t in call.going) and time.monotonic() < call.deadline:
+        sleep_until(call, pause)
         pause = min(1.2 * pause, POLL_SECONDS[1])
-        ended = not call.going or any(not is_going(t.folder) for t in call.going)
-        if ended or left <= 0:
-            return pause if not call.going else POLL_SECONDS[0]
+
+
+def sleep_until(call, seconds):
+    """Sleep so long, but not past the end of the call."""
+    time.sleep(max(0.0, min(seconds, call.deadline - time.monotonic())))
 
 
 def running(night, call):
@@ -1346,6 +1353,7 @@ def verb_start(options, call):
             "launch": options.launch,
         }
         if begun and options.renew:
+            facts["launch"] = options.launch or (read_facts(tag) or facts)["launch"]
             write_facts(branch, f"refs/tags/base/{branch}^0", facts)
         if not begun:
             begin_night(branch, facts)
@@ -1364,7 +1372,7 @@ def verb_start(options, call):
 
 def begin_night(branch, facts):
     """Check that a night can begin here; write tag, ledger and branch, in this order."""
-    edited = [n for n in edited_files() if n == CANVAS or n in CONTRACT or n.endswith(".py")]
+    edited = [name for name in edited_files() if name.endswith((".py", ".toml"))]
     if edited:
         raise Refused(f"{edited[0]} has uncommitted edits: commit or undo them")
     if git_or_none("var", "GIT_COMMITTER_IDENT") is None:
@@ -1720,7 +1728,7 @@ def verb_final(options, call):
             return Answer("CRASH", f"{failed.folder.name}: {failed.result.get('why', 'cut off')}")
         if len(values) == len(wanted):
             return final_table(night, call, values)
-        wait_for(call, POLL_SECONDS[0])
+        wait_for(call)
         if time.monotonic() >= call.deadline:
             return Answer("RUNNING", f"{len(values)} of {len(wanted)} runs are done: {ME} final")
 
@@ -1845,7 +1853,7 @@ def make_parser():
         metavar="COMMAND",
         help="what goes in front of each training; {slot} is the number of a device, from 0",
     )
-    start.add_argument("--renew", action="store_true", help="replace the limits of a night")
+    start.add_argument("--renew", action="store_true", help="give a night these limits instead")
     attempt = add("try", "commit train.py, train, judge, keep or put back", runs=True)
     attempt.add_argument("idea", nargs="?", help='"axis: idea", one line; - reads it from stdin')
     attempt.add_argument("--file", help="a file that holds the idea")

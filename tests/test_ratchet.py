@@ -903,6 +903,23 @@ def test_an_orphan_keeps_the_device_and_gives_nobody_its_result(agent):
     assert len(agent.calls()) == 5  # the orphan's and one more
 
 
+def test_a_run_that_ends_while_it_is_asked_for_is_not_taken_for_dead(tmp_path, monkeypatch):
+    folder = tmp_path / "abcdef0-42"
+    folder.mkdir()
+    job = {"tag": "nov21", "split": "val", "started": 1.0}
+    (folder / "job.json").write_text(json.dumps(job))
+
+    def is_going(folder):
+        going = not (folder / "result.json").exists()
+        (folder / "result.json").write_text('{"word": "valid"}')
+        return going
+
+    monkeypatch.setattr(ratchet, "RUNS", tmp_path)
+    monkeypatch.setattr(ratchet, "is_going", is_going)
+    (training,) = ratchet.attempts("nov21", "abcdef0")
+    assert training.going or training.result
+
+
 def test_foreground(agent):
     agent.edit(0.9960)
     assert agent.call("try", "--foreground", "width: wider")[0] == "KEEP"
