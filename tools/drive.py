@@ -82,9 +82,10 @@ def commands_of(section):
 class Night:
     """What the scripted model calls, step by step, and what must have come of each step."""
 
-    def __init__(self, repo, protocol):
+    def __init__(self, repo, protocol, goal=False):
         self.repo = repo
         self.protocol = protocol
+        self.goal = goal  # the client goes on by itself, in one session
         self.output = ""  # of the last call
         self.failures = 0
         self.walked = False
@@ -141,6 +142,14 @@ class Night:
         if old[1] != f"SECONDS = {seconds}":
             yield "edit", "train.py", old[1], f"SECONDS = {seconds}"
         yield "shell", f"{RATCHET} try '{words}'{options}"
+        if self.goal:
+            yield from self.rest()
+
+    def rest(self):
+        """End the turn as an agent would that thinks that it is done; keep the last output."""
+        output = self.output
+        yield None
+        self.output = output
 
     def walk(self):
         """Yield calls: (tool, argument, ...), or None to end the turn."""
@@ -156,7 +165,7 @@ class Night:
         kept = self.git("rev-parse", "HEAD")
         self.check("its commit is on the branch", kept != base and "\tkeep\t" in self.rows()[-1])
 
-        yield None
+        yield from self.rest()
         yield "read", "program.md"
         yield "shell", f"{RATCHET} look"
         self.check("look, after the agent stopped early", "a gain" in self.output)
@@ -184,7 +193,28 @@ class Night:
 
         yield from self.refused()
 
-        # The client ends a call, then the agent stops: its training goes on, or runs once more
+        if not self.goal:
+            yield from self.cut_off()
+
+        yield from self.edit("GAIN = 0.1", "GAIN = 0.04")
+        words = "loss: it has $(x), `y`, > and | in it"
+        yield "shell", f"{RATCHET} try '{words}'"
+        self.check("an idea in single quotes", self.rows()[-1].endswith(words))
+        self.check("tree clean", not self.git("status", "--short"))
+
+        while not self.over():
+            yield from self.edit("GAIN = 0.1", "GAIN = 0.03")
+            yield "shell", f"{RATCHET} try 'optimizer: one more'"
+        yield from self.edit("GAIN = 0.1", "GAIN = 0.2")
+        yield "shell", f"{RATCHET} try 'optimizer: past the limit'"
+        self.check("try after the last experiment: OVER", self.answer() == "OVER")
+        self.walked = True
+
+    def cut_off(self):
+        """Yield a call that the client ends, and the end of the session after it.
+
+        The training goes on, or it is run once more; nothing is lost.
+        """
         rows = len(self.rows())
         before = len(self.starts())
         yield from self.edit("GAIN = 0.1", "GAIN = 0.05")
@@ -199,17 +229,6 @@ class Night:
         self.check("booked", len(self.rows()) > rows)
         count = len(self.starts()) - before
         print(f"     the training that outlived its call ran {count} time(s)")
-
-        yield from self.edit("GAIN = 0.1", "GAIN = 0.04")
-        words = "loss: it has $(x), `y`, > and | in it"
-        yield "shell", f"{RATCHET} try '{words}'"
-        self.check("an idea in single quotes", self.rows()[-1].endswith(words))
-        self.check("tree clean", not self.git("status", "--short"))
-
-        yield from self.edit("GAIN = 0.1", "GAIN = 0.2")
-        yield "shell", f"{RATCHET} try 'optimizer: past the limit'"
-        self.check("try after the last experiment: OVER", self.answer() == "OVER")
-        self.walked = True
 
     def edit(self, old, new):
         yield "read", "train.py"
@@ -472,7 +491,7 @@ def main():
 
     scratch = Path(tempfile.mkdtemp(prefix="night-", dir="/var/tmp"))
     repo, env = make_clone(scratch, options.worktree)
-    night = Night(repo, protocol)
+    night = Night(repo, protocol, options.goal)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Model)
     server.night = night
     server.steps = night.walk()
