@@ -579,7 +579,7 @@ def start_run(night, commit, seed, slot=0, split="val", foreground=False):
     fds = [file.fileno() for file in (alive, lock) if file]
     for fd in fds:
         os.set_inheritable(fd, True)
-    subprocess.Popen(
+    runner = subprocess.Popen(
         [sys.executable, __file__, "_run", str(folder), *map(str, fds)],
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
@@ -588,6 +588,8 @@ def start_run(night, commit, seed, slot=0, split="val", foreground=False):
         pass_fds=fds,
         start_new_session=not foreground,
     )
+    if not foreground:
+        runner.wait()  # it has left a child that goes on
     return folder
 
 
@@ -1815,6 +1817,9 @@ def make_parser():
 def main():
     words = sys.argv[1:]
     if words[:1] == ["_run"]:  # the runner that start_run starts; not for people
+        # A client may end a call with all that descends from it, sessions of their own included
+        if os.getsid(0) == os.getpid() and os.fork():
+            return 0
         folder = Path(words[1])
         (folder / "alive").write_text(str(os.getpid()))
         run_training(folder, [int(fd) for fd in words[3:]])

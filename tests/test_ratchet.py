@@ -809,6 +809,28 @@ def test_a_training_outlives_its_call(agent):
     assert agent.told() == [("keep", "width: slow")]
 
 
+def tree_of(root):
+    """Return a process and all that descend from it now."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    tree = [root]
+    for parent in tree:
+        tree += [pid for pid, ppid in pairs if ppid == parent]
+    return tree
+
+
+def test_a_training_outlives_all_that_descends_from_its_call(agent):
+    agent.edit(0.9960, last_words=SLOW)
+    call = agent.start_process("try", "width: slow")
+    wait_for(agent.folder / "up")
+    for pid in tree_of(call.pid):  # as a client does at the end of its own session
+        os.kill(pid, signal.SIGKILL)
+    call.communicate()
+    agent.write("go", "")
+    assert agent.call("wait")[0] == "KEEP"
+    assert len(agent.calls()) == 4
+
+
 def test_two_calls_that_wait_for_one_run_give_one_answer(agent):
     agent.edit(0.9990, last_words=SLOW)
     calls = [agent.start_process("try", "width: slow")]
