@@ -42,16 +42,21 @@ except ModuleNotFoundError:
     sys.exit("REFUSED this runs on Linux, on macOS, and on Windows inside WSL")
 
 # --- The rule -------------------------------------------------------------------------------------
+# docs/rule.md explains it; tools/simulate_rule.py chose the numbers.
 
 METRIC = "val_bpb"  # the number that train.py's summary prints and that decides
 LOWER_IS_BETTER = True  # False for a metric that should rise
+ANY_DECREASE = False  # True keeps whatever is better at all, however little, after one run
 
-# In standard errors of the difference between an idea and its parent; by tools/simulate_rule.py
-LOW = 0.2  # after one run each: not above this is a discard
+# The bars, in standard errors of the difference between an idea and its parent
+LOW = 0.0  # after one run each: not above this is a discard
 HIGH = 1.25  # after one run each: above this is a keep; between the two, both run once more
-BAR = 0.7  # after two runs each: above this is a keep
+BAR = 0.4  # after two runs each: above this is a keep
 SIMPLER = -0.5  # an idea that takes out code is kept above this
+
 LAST_RUNS = 3  # runs of the parent that count, the latest ones
+HALF_LIFE = 2  # repeats after which a repeat weighs half in the noise; math.inf: all weigh the same
+PARENT_AGE_MINUTES = 75  # a parent that last ran longer ago runs again: machines drift
 
 
 class Run(NamedTuple):
@@ -72,21 +77,36 @@ class Verdict(NamedTuple):
 
 def gain_of(before, after):
     """Return by how much `after` is better than `before`; positive is better."""
-    return before - after if LOWER_IS_BETTER else after - before
+    if LOWER_IS_BETTER:
+        return before - after
+    return after - before
+
+
+def distinct(runs):
+    """Return the runs without those that stand there again: one row twice is one run."""
+    return list(dict.fromkeys(runs))
 
 
 def noise_of(runs):
-    """Return the standard deviation of a run about the mean of its commit; nan without repeats."""
-    by_commit = {}
-    for run in runs:
-        by_commit.setdefault(run.commit, []).append(run.value)
-    squares = 0.0
-    freedom = 0  # degrees of freedom: every commit's mean costs one
-    for values in by_commit.values():
-        mean = statistics.fmean(values)
-        squares += sum((value - mean) ** 2 for value in values)
-        freedom += len(values) - 1
-    return math.sqrt(squares / freedom) if freedom else math.nan
+    """Return the standard deviation of one run now, from all runs so far, in order of time.
+
+    It is in the unit of METRIC, and nan where no commit ran twice.
+    """
+    squares = []  # of each repeat, in order; each estimates the variance by itself
+    values = {}  # of each commit, so far
+    for run in distinct(runs):
+        earlier = values.setdefault(run.commit, [])
+        if earlier:
+            # The deviation of a value from the mean of n others has (n + 1) / n times its variance.
+            # Without weights the mean of these squares is the pooled variance (Welford 1962).
+            n = len(earlier)
+            squares.append((run.value - statistics.fmean(earlier)) ** 2 * n / (n + 1))
+        earlier.append(run.value)
+    if not squares:
+        return math.nan
+    # As the model changes, so does its noise: a repeat weighs less, the more came after it.
+    weights = [0.5 ** (age / HALF_LIFE) for age in reversed(range(len(squares)))]
+    return math.sqrt(statistics.fmean(squares, weights))
 
 
 def judge(idea, parent, noise, simpler=False):
@@ -94,16 +114,27 @@ def judge(idea, parent, noise, simpler=False):
 
     Only runs of the parent under the idea's seeds count, where there are any.
     """
+    idea = distinct(idea)
+    parent = distinct(parent)
     seeds = {run.seed for run in idea}
-    shared = [run.value for run in parent if run.seed in seeds] or [run.value for run in parent]
-    shared = shared[-LAST_RUNS:]
-    gain = gain_of(statistics.fmean(shared), statistics.fmean(run.value for run in idea))
-    error = noise * math.sqrt(1 / len(idea) + 1 / len(shared))
-    low, high = (LOW, HIGH) if len(idea) == 1 else (BAR, BAR)
-    bar = error * (SIMPLER if simpler else high)
-    if gain > bar:
+    same_seeds = [run for run in parent if run.seed in seeds]
+    against = (same_seeds or parent)[-LAST_RUNS:]
+    before = statistics.fmean(run.value for run in against)
+    after = statistics.fmean(run.value for run in idea)
+    gain = gain_of(before, after)
+
+    error = noise * math.sqrt(1 / len(idea) + 1 / len(against))
+    if ANY_DECREASE:
+        error = 0.0
+    settled = len(idea) > 1  # there is no third run
+    low = error * (BAR if settled else LOW)
+    bar = error * (BAR if settled else HIGH)
+    if simpler:
+        bar = error * SIMPLER
+    # What takes out code is kept at equal results, too, where the metric knows no noise.
+    if gain > bar or (simpler and gain == bar):
         return Verdict("keep", gain, bar)
-    if gain <= error * low:
+    if gain <= low:
         return Verdict("discard", gain, bar)
     return Verdict("repeat", gain, bar)
 
@@ -425,6 +456,7 @@ def read_result(text, exit_status, job):
         "total_seconds": find(rf"^total_seconds: +{number}$", text),
         "steps": find(r"^num_steps: +(\d+)$", text, int),
         "setting": setting,
+        "compile": find(r"^attention: .*, compile: (\w+)$", text, str),
         "losses": dict(re.findall(r"^step +(\d+) .*\| loss ([-+.\w]+)", text, re.M)),
         "notes": odd_speed(text, number),
         "ended": time.time(),
@@ -666,8 +698,6 @@ def keep_log(log):
 
 # --- The night ------------------------------------------------------------------------------------
 
-STALE = 7.5  # times HARD_LIMIT: a parent that ran longer ago runs again beside the idea
-
 
 class Night:
     """What git, the ledger and the runs say of the night at this moment."""
@@ -708,10 +738,6 @@ class Night:
             if training.result.get("word") == "valid":
                 return training.result["setting"]
         return {}
-
-    @property
-    def stale_seconds(self):
-        return STALE * hard_limit(self.base)
 
     @property
     def baseline_left(self):
@@ -911,7 +937,7 @@ def decide(night, idea):
     """Return (needs, verdict, trainings) of an idea: what is to run first, or the Verdict."""
     ours = valid_attempts(night, idea)
     first = next((t for t in ours if t.job["seed"] == SEEDS[0]), None)
-    since = (first.job["started"] if first else time.time()) - night.stale_seconds
+    since = (first.job["started"] if first else time.time()) - 60 * PARENT_AGE_MINUTES
     needs = []
     if not any(t.job["started"] > since for t in valid_attempts(night, night.kept)):
         needs.append(Need(night.kept, SEEDS[0], since))
@@ -1104,7 +1130,19 @@ def verdict_on(night, commit):
         text += f", mean of {len(experiment.runs)}"
     if simpler:
         text += ", less code"
-    return Answer(word, text)
+    return Answer(word, text + beside_parent(night, commit, experiment.parent))
+
+
+def beside_parent(night, commit, parent):
+    """Return in words how an idea's last run went on, where its parent's went on otherwise."""
+    ours = valid_attempts(night, commit)[-1:]
+    theirs = valid_attempts(night, parent)[-1:]
+    words = ""
+    for new, old in zip(ours, theirs, strict=False):
+        for key, unit in (("steps", "steps"), ("compile", "to compile")):
+            if new.result[key] != old.result[key]:
+                words += f", {new.result[key]} {unit} (the parent {old.result[key]})"
+    return words
 
 
 def mean_value(runs):
@@ -1819,7 +1857,7 @@ def main():
     if words[:1] == ["_run"]:  # the runner that start_run starts; not for people
         # A client may end a call with all that descends from it, sessions of their own included
         if os.getsid(0) == os.getpid() and os.fork():
-            return 0
+            os._exit(0)
         folder = Path(words[1])
         (folder / "alive").write_text(str(os.getpid()))
         run_training(folder, [int(fd) for fd in words[3:]])
