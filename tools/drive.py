@@ -485,12 +485,12 @@ def main():
     options = parser.parse_args()
     protocol = {"claude": Claude, "codex": Codex}[options.client]
     lines = commands_of(protocol.section)
-    nights = [line for line in lines if "night.sh" in line]
-    goals = [line for line in lines if "/goal" in line]
-    if not (goals if options.goal else nights):
-        parser.error(f"no such command in {PAGE.relative_to(ROOT)}, section {protocol.section}")
-    before = [line for line in lines if line not in nights + goals]
-    commands = [*before, (goals if options.goal else nights)[0]]
+    wanted = "/goal" if options.goal else "night.sh"
+    places = [place for place, line in enumerate(lines) if wanted in line]
+    if not places:
+        parser.error(f"{PAGE.relative_to(ROOT)}, section {protocol.section}: no {wanted} to run")
+    first = [line for line in lines[: places[0]] if "night.sh" not in line]  # what it needs
+    commands = [*first, lines[places[0]]]
 
     scratch = Path(tempfile.mkdtemp(prefix="night-", dir="/var/tmp"))
     repo, env = make_clone(scratch, options.worktree)
