@@ -58,12 +58,13 @@ def changed_files(path, branch, lengths):
 # --- The audit ------------------------------------------------------------------------------------
 
 
-def audit(path, runs, branch):
+def audit(runs, branch):
     """Check a ledger against git; return a line for each finding, or one that all is well.
 
     Every kept commit is on the branch and changed train.py alone; no discarded one is on it; the
     files of the referee are those of the baseline.
     """
+    path = runs.attrs["path"]
     table, _ = experiments(runs)
     base = table[table.status == "baseline"]
     if base.empty:
@@ -312,13 +313,14 @@ def read_versions(path, names):
     return texts
 
 
-def worth_a_look(path, runs, branch):
+def worth_a_look(runs, branch):
     """Return what a person should read of the kept changes, a line each, by the syntax tree.
 
     Only what the change added is told: files, environment, other programs, threads, network, what
     is assigned in prepare or torch, hooks, questions for the eval mode, and what of prepare was not
     used before.
     """
+    path = runs.attrs["path"]
     table, _ = experiments(runs)
     commits = table.commit[(table.status == "keep") & table.own].tolist()
     try:

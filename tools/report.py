@@ -189,13 +189,14 @@ def read_verdict(text):
     if words in VERDICT_OF:
         return VERDICT_OF[words]
     # "keep (new best)", "crash: OOM", but not "keep or discard"
-    verdicts = {VERDICT_OF.get(word) for word in words.split()}
-    first = VERDICT_OF.get(words.split()[0]) if words else None
-    if first in ("keep", "discard", "crash", "baseline") and not (
-        verdicts & {"keep", "discard"} - {first}
-    ):
-        return first
-    return ""
+    first, *rest = words.split() or [""]
+    verdict = VERDICT_OF.get(first, "")
+    opposite = {"keep": "discard", "discard": "keep"}.get(verdict)
+    if verdict not in ("keep", "discard", "crash", "baseline"):
+        return ""
+    if any(word in ("or", "not") or VERDICT_OF.get(word) == opposite for word in rest):
+        return ""
+    return verdict
 
 
 def parse(cells, names):
@@ -337,7 +338,7 @@ def drop_doubles(rows, notes):
 
 
 def load(path):
-    """Read a ledger: one row a run, in order, what to beware of in attrs["notes"].
+    """Read a ledger: one row a run, in order; attrs: path, and notes on what to beware of.
 
     Columns: commit, value (of the metric), memory_gb, status, description, seed, line, section,
     and those of tell_apart. Raises ResultsError, one line, if it cannot be read.
@@ -367,7 +368,7 @@ def load(path):
     if "memory_mb" in names:
         lacking.discard("memory_gb")
     others = {
-        "columns not read": [n for n in names if n not in [*COLUMNS, "memory_mb", "seed"]],
+        "columns not read:": [n for n in names if n not in [*COLUMNS, "memory_mb", "seed"]],
         "no column": [name for name in COLUMNS if name in lacking],
         f"discard without a {ratchet.METRIC}, counted as a crash: run": runs.index[failed],
         "one commit, several ideas (never committed?), each row for itself:": shared,
@@ -376,7 +377,7 @@ def load(path):
         "no more hashes from here on (another machine?): run": hashes_end(runs),
     }
     texts = [f"{what} {brief(found)}" for what, found in others.items() if len(found)]
-    runs.attrs["notes"] = notes.texts() + texts
+    runs.attrs = {"path": str(path), "notes": notes.texts() + texts}
     return runs
 
 
@@ -487,8 +488,9 @@ def number_parts(runs, commit, words, again, is_baseline):
     return parts
 
 
-def split(path, runs):
+def split(runs):
     """Return the parts of a ledger by title, each with a baseline of its own."""
+    path = runs.attrs["path"]
     parts = [part for _, part in runs.groupby("part")]
     tried = [part for part in parts if part.idea.nunique() > 1] or parts[-1:]
     notes = list(runs.attrs["notes"])
@@ -499,8 +501,8 @@ def split(path, runs):
     if left_out:
         notes.append(f"baseline without an idea after it, left out: run {brief(left_out)}")
     for part in tried:
-        part.attrs["notes"] = notes if part is tried[0] else []
-    titles = [str(path), *(f"{path} from run {part.index[0]}" for part in tried[1:])]
+        part.attrs = {"path": path, "notes": notes if part is tried[0] else []}
+    titles = [path, *(f"{path} from run {part.index[0]}" for part in tried[1:])]
     return dict(zip(titles, tried, strict=True))
 
 
@@ -635,7 +637,7 @@ def kept_changes(runs):
 
 
 def tried_by_axis(runs):
-    """Return tries, keeps and best gain by axis, with which an idea's line begins ("optimizer:")."""
+    """Return tries, keeps and best gain by the axis with which a line begins ("optimizer: ...")."""
     table, _ = experiments(runs)
     table = table[table.status != "baseline"]
     table["axis"] = table.description.str.extract(AXIS)[0].str.lower()
@@ -653,16 +655,19 @@ def tried_by_axis(runs):
 AXIS = r"^([A-Za-z][\w /-]{1,24}):\s"  # "optimizer: ..."
 LABEL_CHARS = 30
 MAX_LABELS = 30
+LEGEND = ["kept", "best so far", "discarded", "crashed", "off the scale"]  # in this order
 BLUE, GREY, RED = "#0072B2", "#A8A8A8", "#D55E00"  # distinct whatever one's colour vision
 
 
 def label_of(idea, labels):
     """Return at most LABEL_CHARS of what an idea is, in whole words, or the person's own words."""
+    if idea.status == "baseline":
+        return "baseline"
     text = labels.get(idea.commit) or re.sub(AXIS, "", idea.description) or idea.commit
     if len(text) <= LABEL_CHARS:
         return text
-    clause = re.split(r"[,;(]| - |: ", text)[0].strip()
-    if 4 <= len(clause) <= LABEL_CHARS:
+    clause = re.split(r"[,;]\s", text)[0].strip()
+    if LABEL_CHARS / 2 <= len(clause) <= LABEL_CHARS:
         return clause
     words = text[:LABEL_CHARS].rsplit(" ", 1)[0]
     words = re.sub(r"(\s+(a|an|the|of|for|to|in|by|on|over|with|and|from|at|as))+$", "", words)
@@ -696,11 +701,12 @@ def view(values, steps, noise):
     late = steps[steps - best <= (first - best) / 10]
     if len(late) > max(3, len(steps) / 2) and (first - best) / 10 > 3 * noise:
         first = late.max()
-    # Without any progress, the nearer half of what was tried is shown
+    # Without any progress, the nearer half of what was tried sets the scale
     nearer_half = min((values - best).abs().median(), abs(first) / 100)
-    span = max(first - best, nearer_half) or abs(first) / 100 or 1.0
+    span = max(first - best, 1.1 * nearer_half) or abs(first) / 100 or 1.0
     low = best - max(0.25 * span, 3 * noise)
-    high = max(first + max(0.35 * span, 3 * noise), best + 1.1 * nearer_half)
+    most = min(values.quantile(0.75), first + span)  # of what was tried
+    high = max(first + max(0.35 * span, 3 * noise), most)
     # The axis does not go on where no value can be
     if sign > 0 and values.min() >= 0:
         low = max(low, 0.0)
@@ -713,9 +719,11 @@ def draw(ax, table, noise):
     """Draw the experiments: kept, discarded and crashed, the running best, and the noise once."""
     steps = kept_of(table)
     last = table.number.iloc[-1]
+    width = max(last, 1)
     small = 3 if len(table) < 300 else 2  # typographic points
-    ax.set(xlabel="experiment", ylabel=ratchet.METRIC)
-    ax.set_xlim(-0.02 * max(last, 10), 1.03 * max(last, 10))
+    better = "lower" if ratchet.LOWER_IS_BETTER else "higher"
+    ax.set(xlabel="experiment", ylabel=f"{ratchet.METRIC} ({better} is better)")
+    ax.set_xlim(-0.02 * width, 1.03 * width)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.ticklabel_format(axis="y", useOffset=False)
     ax.spines[["top", "right"]].set_visible(False)
@@ -730,18 +738,17 @@ def draw(ax, table, noise):
         ax.set_yticks([])
     else:
         low, high = view(table.value, steps.value, noise)
+        is_kept = table.status.isin(["baseline", "keep"])
         inside = table.value.between(low, high)
-        beyond = table[~inside & table.value.notna()]
-        discarded, kept = table.status == "discard", table.status != "discard"
-        mark(table[inside & discarded], table.value[inside & discarded], "discarded", "o", GREY)
-        for ideas, color, label in [
-            (beyond[kept], BLUE, "kept, off the scale"),
-            (beyond[discarded], GREY, "off the scale"),
+        discarded = table[inside & ~is_kept]
+        mark(discarded, discarded.value, "discarded", "o", GREY)
+        for edge, marker, is_beyond in [
+            (high, "^", table.value > high),
+            (low, "v", table.value < low),
         ]:
-            for edge, marker in ((high, "^"), (low, "v")):
-                there = ideas[ideas.value > high] if edge == high else ideas[ideas.value < low]
-                mark(there, [edge] * len(there), label, marker, color, alpha=0.5)
-                label = "_" + label if len(there) else label
+            for which, color in [(~is_kept, GREY), (is_kept, BLUE)]:
+                beyond = table[is_beyond & which]
+                mark(beyond, [edge] * len(beyond), "off the scale", marker, color, alpha=0.5)
         best = steps.value.cummin() if ratchet.LOWER_IS_BETTER else steps.value.cummax()
         x, y = [*steps.number, last], [*best, best.iloc[-1]]
         ax.plot(x, y, color=BLUE, lw=1.3, drawstyle="steps-post", label="best so far")
@@ -749,7 +756,7 @@ def draw(ax, table, noise):
         mark(dots, dots.value, "kept", "o", BLUE, ms=small + 1.5)
         if noise > 0:
             style = {"color": "black", "lw": 1, "capsize": 3, "zorder": 3}
-            at = [1.015 * max(last, 10)]
+            at = [1.015 * width]
             ax.errorbar(at, y[-1:], noise, fmt="none", label=f"noise ± {noise:.2g}", **style)
     crashed = table[table.status == "crash"]
     mark(crashed, [low + (high - low) / 50] * len(crashed), "crashed", "x", RED)
@@ -767,18 +774,23 @@ def picture(title, runs, labels=None):
     text = sentence(title, table)
     ax.set_title(text, loc="left", fontsize=10 if len(text) < 85 else 8, pad=18, parse_math=False)
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "ncols": 8}
-    ax.legend(**place, frameon=False, fontsize=8, handlelength=1.2, columnspacing=1.2)
+    entries = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    order = [label for label in LEGEND if label in entries]
+    order += [label for label in entries if label not in LEGEND]
+    style = {"frameon": False, "fontsize": 8, "handlelength": 1.2, "columnspacing": 1.2}
+    ax.legend([entries[label] for label in order], order, **place, **style)
     add_labels(ax, table, labels or {})
     return fig
 
 
 @dataclass
 class Taken:
-    """What a label may not cover, in pixels: the frame's outside, dots, the line, other labels."""
+    """What a label may not cover, in pixels: dots, the line, other labels, what is outside."""
 
     frame: Bbox
     dots: list
-    line: Curve  # the running best, corner by corner
+    dot_size: float
+    line: list  # the running best, corner by corner
     boxes: list = field(default_factory=list)
     leaders: list = field(default_factory=list)
 
@@ -795,7 +807,7 @@ class Taken:
             self.frame.contains(*box.min)
             and self.frame.contains(*box.max)
             and not box.count_overlaps(self.boxes)
-            and box.count_contains(self.dots) <= num_covered
+            and box.padded(self.dot_size).count_contains(self.dots) <= num_covered
             and not self.on_line(box)
             and not any(other.intersects_bbox(box, False) for other in self.leaders)
             and not any(other.intersects_path(leader, False) for other in self.leaders)
@@ -804,12 +816,13 @@ class Taken:
 
 
 def add_labels(ax, table, labels):
-    """Name the kept ideas, largest gain first, where there is room; call it last.
+    """Name the kept ideas, largest gain first, then the baseline, where there is room.
 
-    A label is not drawn where its dot is out of the picture.
+    Call it last. A label is not drawn where its dot is out of the picture.
     """
     low, high = ax.get_ylim()
-    kept = table[(table.status == "keep") & table.value.between(low, high)]
+    kept = kept_of(table)
+    kept = kept[kept.value.between(low, high)]
     kept = kept.sort_values("gain", ascending=False, kind="stable").head(MAX_LABELS)
     ax.figure.draw_without_rendering()  # settles the layout; from here on pixels hold
     scale = ax.figure.dpi / 72
@@ -819,9 +832,9 @@ def add_labels(ax, table, labels):
     dots = [dot for line in ax.lines if line not in best for dot in line.get_xydata()]
     dots = ax.transData.transform(dots[:: len(dots) // 2000 + 1] or [(0, 0)])
     line = best[0].get_path().transformed(ax.transData).vertices
-    taken = Taken(ax.bbox.padded(-2 * scale), dots, line)
+    taken = Taken(ax.bbox.padded(-2 * scale), dots, 2 * scale, line)
     heights = [0, *range(8, 100, 4), *range(-8, -100, -4)]
-    offsets = itertools.product([-24, -7, 0, 7, 24], heights)
+    offsets = itertools.product([-48, -24, -7, 0, 7, 24, 48], heights)
     offsets = sorted(offsets, key=lambda offset: math.hypot(*offset))
     for idea in kept.itertuples():
         place_label(ax, idea, label_of(idea, labels), offsets, taken)
