@@ -90,6 +90,33 @@ bea057b|0.986041|43.9|keep|halve batch
         HEADER + "aaaaaa1|1,000000|44,0|keep|baseline\nbbbbbb1|0,990000|44,0|keep|wider\n",
         ((1, 0, 0, 1.0, 0.99),),
     ),
+    Ledger("line ends of old Macs", NIGHT.replace("\n", "\r"), READ),
+    Ledger("spaces round the cells", NIGHT.replace("|", " | "), READ),
+    Ledger("the header twice", HEADER + NIGHT, READ, notes=("another header",)),
+    Ledger("a title", "# Results\n\n" + NIGHT, READ, notes=("above the header",)),
+    Ledger(
+        "between marks of code",
+        "```\n" + NIGHT + "```\n",
+        READ,
+        notes=("above the header", "not a run"),
+    ),
+    Ledger(
+        "a description over two lines",
+        NIGHT.replace("|wider\n", "|wider,\nby a half and with a new init\n"),
+        READ,
+        notes=("not a run",),
+    ),
+    Ledger(
+        "numbers of experiments with a #",
+        "exp|commit|val_bpb|status|action\n#0|aaaaaa1|1.0|keep|none\n#1|bbbbbb1|0.99|keep|none\n",
+        ((1, 0, 0, 1.0, 0.99),),
+        notes=("columns not read: exp, action", "memory_gb"),
+    ),
+    Ledger(
+        "values with their errors",
+        NIGHT.replace("0.990000", "0.99 ± 0.001").replace("1.000000", "1.0 +/- 0.001"),
+        READ,
+    ),
     Ledger(
         "no description where it was empty",
         HEADER + BASE + "bbbbbb1|0.990000|44.0|keep\nbbbbbb2|1.010000|44.0|discard\n",
@@ -208,6 +235,14 @@ bbbbbb6|0.000000|0.0|infra|the node went away
         ((2, 1, 1, 1.0, 0.98),),
         notes=("\\t",),
     ),
+    Ledger(
+        "sums at the foot",
+        NIGHT + "\nTotal: 4 runs, best 0.99\nTOTAL|0.99||best|3 experiments\n",
+        READ,
+        notes=("not a run", "a summary"),
+    ),
+    Ledger("a chatty end", NIGHT + "Done! The best is 0.990000.\n", READ, notes=("not a run",)),
+    Ledger("a crash with its last loss", NIGHT.replace("0.000000|0.0|cr", "3.21|44.0|cr"), READ),
     # Several nights, budgets and machines in one file
     Ledger(
         "a section with another budget",
@@ -278,6 +313,28 @@ cccccc3|1.390000|8.0|keep|deeper, better than the baseline
 """,
         ((1, 1, 1, 1.0, 0.99), (2, 0, 0, 1.5, 1.39)),
         notes=("baselines",),
+    ),
+    Ledger(
+        "a new baseline on a new machine",
+        NIGHT + "cccccc1|1.2|80|keep|new baseline on H200\ncccccc2|1.1|80|keep|wider\n",
+        ((1, 1, 1, 1.0, 0.99), (1, 0, 0, 1.2, 1.1)),
+        notes=("baselines",),
+    ),
+    Ledger(
+        "the baseline measured again",
+        NIGHT + "aaaaaa1|1.004000|44.0|keep|baseline re-measured\n",
+        ((1, 1, 1, 1.002, 0.99),),
+    ),
+    Ledger(
+        "a rerun by that name",
+        HEADER + BASE + "bbbbbb1|0.990|44|keep|wider\nbbbbbb1|0.992|44|keep|wider (rerun)\n",
+        ((1, 0, 0, 1.0, 0.991),),
+    ),
+    Ledger(
+        "a rerun by other words: it cannot be told from a second idea, and is noted",
+        HEADER + BASE + "bbbbbb1|0.990|44|keep|wider\nbbbbbb1|0.992|44|keep|the same once more\n",
+        ((2, 0, 0, 1.0, 0.99),),
+        notes=("one commit, several ideas", "worse"),
     ),
     Ledger(
         "better than the baseline",
@@ -398,6 +455,14 @@ aaaaaa1|0.980000|44.0|keep|tie
         lower_is_better=False,
     ),
     Ledger(
+        "accuracy in percent",
+        "commit|acc|status|description\naaaaaa1|91%|keep|baseline\nbbbbbb1|93.0%|keep|wider\n",
+        ((1, 0, 0, 0.91, 0.93),),
+        notes=("memory_gb",),
+        metric="acc",
+        lower_is_better=False,
+    ),
+    Ledger(
         "a Sharpe ratio, with a discard of zero and one below",
         "commit|sharpe|status|description\naaaaaa1|0.40|keep|baseline\nbbbbbb1|0.00|discard|a\n"
         "bbbbbb2|-0.70|discard|b\nbbbbbb3|1.20|keep|c\nbbbbbb4|nan|crash|d\n",
@@ -447,6 +512,11 @@ aaaaaa1|0.980000|44.0|keep|tie
         "verdicts that nobody can guess",
         NIGHT.replace("keep", "A").replace("discard", "B"),
         refused=("3 of 4", "'a'"),
+    ),
+    Ledger(
+        "pass, which may mean that it ran",
+        NIGHT.replace("keep", "pass").replace("discard", "fail"),
+        refused=("2 of 4", "'pass'"),
     ),
     Ledger(
         "thousands of a unit that is not said",

@@ -328,15 +328,12 @@ def test_a_number_that_should_rise(monkeypatch, values, best):
     assert ax.get_ylim()[1] > values[1] > ax.get_ylim()[0]
 
 
-@pytest.mark.parametrize("values", [(4e-7, 2e-7), (-3.2, -3.5), (11683.0, 9000.0), (0.0, -1.0)])
+@pytest.mark.parametrize("values", [(4e-7, 2e-7), (-3.2, -3.5), (11683.0, 9000.0)])
 def test_numbers_of_any_size_from_ledger_to_picture(monkeypatch, values):
     monkeypatch.setattr(ratchet, "METRIC", "error")
     header = HEADER.replace("val_bpb", "error")
     rows = [f"000000{i}\t{value!r}\t1\tkeep\tan idea" for i, value in enumerate(values, start=1)]
     parts, text = read(*rows, header=header)
-    if values[0] == 0:  # as a crash is logged
-        assert "a keep without a error, left out: line 2" in text
-        return
     (runs,) = parts.values()
     said = re.search(r"baseline +(\S+) .*best +(\S+) .*gain +(\S+) ", text, re.DOTALL)
     assert [float(x) for x in said.groups()] == pytest.approx([*values, values[0] - values[1]])
@@ -794,12 +791,12 @@ def test_memory_that_cannot_be_read_costs_no_run(memory):
     assert math.isnan(runs.memory_gb[4]) and runs.value[4] == 0.99
 
 
-def test_a_file_that_is_mostly_bad_is_refused():
-    bad = [row(2 + i, 0.9, "perhaps") for i in range(12)]
+def test_a_file_of_which_a_third_is_bad_is_refused():
+    bad = [row(2 + i, 0.9, "perhaps") for i in range(6)]
     good = [row(20 + i, 0.9) for i in range(11)]
     with pytest.raises(report.ResultsError) as failed:
         report.load(write(*good, *bad))
-    message = "results.tsv: 12 of 23 rows cannot be read: status 'perhaps': line 13, 14, "
+    message = "results.tsv: 6 of 17 rows cannot be read: status 'perhaps': line 13, 14, "
     assert str(failed.value).startswith(message)
     assert len(report.load(write(*good, *bad[1:]))) == 11
 

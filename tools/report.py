@@ -35,19 +35,20 @@ NAMES = {  # what people call the columns
 MEMORY = re.compile(r"((peak|max|gpu|cuda)_)*(mem|memory|vram|rss)(_(used|usage|peak|max))?(_\w+)?")
 VERDICTS = {  # what people call the verdicts; a baseline is a keep
     "keep": "keep, kept, keeper, accept, accepted, best, new best, better, improved, improvement,"
-    " win, success, merge, merged, adopt, adopted, yes, true",
+    " win, merge, merged, adopt, adopted, yes, true",
     "discard": "discard, discarded, revert, reverted, reject, rejected, worse, no improvement,"
-    " no gain, no effect, neutral, not kept, no, false",
+    " regressed, regression, no gain, no effect, neutral, not kept, no, false",
     "crash": "crash, crashed, error, oom, out of memory, timeout, timed out, nan, diverged, killed",
     "fail": "fail, failed, failure",  # a crash without a value, else a discard
     "baseline": "baseline, base",
     "unfinished": "missing, infra, infra error, rate limit, rate limited, info, note, parked,"
-    " pending, planned, queued, running, skip, skipped, todo, aborted, cancelled, canceled,"
-    " interrupted, blocked, deferred, not run, n/a",
+    " pending, tbd, planned, queued, running, in progress, skip, skipped, todo, aborted,"
+    " cancelled, canceled, interrupted, blocked, deferred, not run, n/a",
 }
 VERDICT_OF = {word: verdict for verdict, words in VERDICTS.items() for word in words.split(", ")}
 NO_NUMBER = ("", "-", "n/a", "na", "none", "null")
 DECIMAL_COMMA = re.compile(r"-?(0,\d+|\d+,(\d{1,2}|\d{4,}))")  # else it may part the thousands
+SUMMARY = re.compile(r"(?i)(total|summary|overall|mean|average|best so far)\b")
 HEADING = re.compile(r"(?i)[#=~*_[-]|(phase|session|round|stage|night|day|part)\b|.*:\s*$")
 REMARK = re.compile(r"(?i)resum|continu|restart|\bnote\b|todo|fixme|comment")
 HASH = re.compile(r"[0-9a-f]{7,64}")
@@ -127,28 +128,30 @@ def column_meanings(titles):
     return meanings
 
 
-def read_header(path, line):
-    """Return the meanings of the columns, and whether the line is a header at all.
+def read_header(path, lines):
+    """Return the meanings of the columns, and how many lines there are up to the header's end.
 
-    Without a header the columns are taken to be those that ratchet.py writes. Raises ResultsError
-    where a column that is needed is not there.
+    A title may stand above the header. Without a header the columns are taken to be those that
+    ratchet.py writes. Raises ResultsError where a column that is needed is not there.
     """
-    titles = line.rstrip("\r\t ").split("\t")
-    meanings = column_meanings(titles)
-    if "value" in meanings and "status" in meanings:
-        return meanings, True
+    for number, line in enumerate(lines[:10], start=1):
+        meanings = column_meanings(line.rstrip("\r\t ").split("\t"))
+        if "value" in meanings and "status" in meanings:
+            return meanings, number
+    line = lines[0]
+    where = f"{path} line 1"
     try:
         parse(line.split("\t"), COLUMNS)
-        return COLUMNS, False
+        return COLUMNS, 0
     except NotARun:
         pass
-    where = f"{path} line 1"
     if not line.strip():
-        raise ResultsError(f"{where}: the file is empty")
+        raise ResultsError(f"{where}: the file is empty, or its first line is")
+    titles = [title.strip() for title in line.strip().split("\t")]
     if len(titles) == 1:
         raise ResultsError(f"{where}: a header with no tab in it, {line.strip()[:60]!r}")
-    there = brief([title.strip() for title in titles])[:200]
-    if "value" in meanings:
+    there = brief(titles)[:200]
+    if "value" in column_meanings(titles):
         raise ResultsError(f"{where}: no column status; there are {there}")
     raise ResultsError(
         f"{where}: no column {ratchet.METRIC}; there are {there}."
@@ -165,8 +168,11 @@ def read_number(text):
     """Return a cell's number, NaN where it says that there is none; raise ValueError if neither."""
     if text.lower() in NO_NUMBER:
         return math.nan
+    text = re.split(r"\s*(?:±|\+/-)", text)[0]  # a mean and its error
     if DECIMAL_COMMA.fullmatch(text):
         text = text.replace(",", ".")
+    if text.endswith("%"):
+        return float(text[:-1]) / 100
     return float(text)
 
 
@@ -204,6 +210,9 @@ def parse(cells, names):
     row = dict(zip(names, cells, strict=False))
     if "status" not in row or "value" not in row:
         raise NotARun(f"{len(cells)} columns in place of {len(names)}")
+    commit = plain_cell(row.get("commit", ""))
+    if SUMMARY.match(commit):
+        raise NotARun("a summary", readable=True)
     status = plain_cell(row["status"])
     verdict = read_verdict(status)
     if not verdict:
@@ -237,7 +246,6 @@ def parse(cells, names):
     named = re.search(r"(?:, |\()seed (\d+)\)?$", description)
     if not seed.isdecimal():
         seed = named[1] if named else DEFAULT_SEED
-    commit = plain_cell(row.get("commit", ""))
     return Row(commit, value, memory_gb, verdict, description, int(seed))
 
 
@@ -245,7 +253,7 @@ def read_line(line, names, notes, number):
     """Return the Row of a line, or None for a heading; raise NotARun for what is neither."""
     cells = line.split("\t", len(names) - 1)  # further tabs belong to the last column
     filled = [cell.strip() for cell in cells if cell.strip(' -"\r')]
-    if line.startswith("#") and len(filled) > 1:
+    if line.startswith("#") and len(filled) > 1 and not re.fullmatch(r"#\d+", filled[0]):
         raise NotARun("a comment", readable=True)
     if len(filled) > 1 or (filled and "\t" in line and read_verdict(filled[0])):
         return parse(cells, names)
@@ -257,6 +265,8 @@ def read_line(line, names, notes, number):
         how, cells = "a written \\t in place of tabs", text.split("\\t", len(names) - 1)
     try:
         row = parse(cells, names)
+        if not HASH.fullmatch(row.commit):
+            raise NotARun("no hash")
     except NotARun:
         if REMARK.search(text):
             raise NotARun("a comment", readable=True) from None
@@ -268,7 +278,7 @@ def read_line(line, names, notes, number):
 
 
 def read_rows(path, names, lines, notes):
-    """Return the rows in the numbered lines; raise ResultsError if most of them cannot be read."""
+    """Return the rows in the numbered lines; raise ResultsError if many of them cannot be read."""
     rows, headings = [], []
     for number, line in lines:
         if not line.strip():
@@ -290,7 +300,7 @@ def read_rows(path, names, lines, notes):
             row.line, row.section = number, len(headings)
             rows.append(row)
     total = len(rows) + notes.num_unreadable
-    if 2 * notes.num_unreadable > total:
+    if 3 * notes.num_unreadable > total:
         why = "; ".join(text.replace(", left out", "") for text in notes.texts())
         bad = f"{notes.num_unreadable} of {total} rows"
         raise ResultsError(f"{path}: {bad} cannot be read: {why}"[:300])
@@ -344,15 +354,22 @@ def load(path):
     and those of tell_apart. Raises ResultsError, one line, if it cannot be read.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig", errors="replace")
+        content = Path(path).read_bytes()
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}; is RESULTS right?") from None
+    is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))  # "Unicode text" of a spreadsheet
+    text = content.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace")
+    if "\n" not in text:
+        text = text.replace("\r", "\n")
     lines = text.split("\n")  # not splitlines: a form feed in a description ends no line
-    names, has_header = read_header(path, lines[0])
+    names, num_above = read_header(path, lines)
     notes = Notes()
-    if not has_header:
+    if num_above == 0:
         notes.add("no header: columns as ratchet.py writes them", 1)
-    numbered = list(enumerate(lines, start=1))[has_header:]
+    for number, line in enumerate(lines[: max(num_above - 1, 0)], start=1):
+        if line.strip():
+            notes.add("above the header, left out", number)
+    numbered = list(enumerate(lines, start=1))[num_above:]
     rows, headings = read_rows(path, names, numbered, notes)
     rows = drop_doubles(drop_odd_signs(rows, notes), notes)
     runs = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="run"))
@@ -436,8 +453,8 @@ def tell_apart(runs):
 
     words = runs.description.str.replace(r"(^|[, (]+)seed \d+\)?$", "", regex=True)
     again = words.str.contains(r"(?:^|\s)again$") | (words == "")
-    words = words.str.replace(r"[, ]*\bagain$", "", regex=True)
-    repeat = r"(?i)seed\W*\d+|\b(?:re-?run|run|repeat|again|\d\d?)\b|\W"
+    words = words.str.replace(r"[, (]*\b(again|re-?run|repeat(ed)?)\)?$", "", regex=True)
+    repeat = r"(?i)seed\W*\d+|\b(?:re-?(run|measured?|check(ed)?)|run|repeat|again|\d\d?)\b|\W"
     plain = words[is_baseline].str.lower().str.replace(repeat, " ", regex=True)
     words = words.mask(is_baseline, plain.str.split().str.join(" "))
     runs["part"] = number_parts(runs, commit, words, again, is_baseline)
