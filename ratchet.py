@@ -1,20 +1,62 @@
-"""The referee of autoresearch: decides whether an idea is kept. Nobody edits it in a night."""
+"""The referee of autoresearch: it runs an idea, decides whether it is kept, and keeps the ledger.
 
+    uv run ratchet.py --help
+
+Nobody edits this file during a night. It begins the night, trains, compares an idea with its parent
+by the rule, writes the row into results.tsv, and keeps the commit or puts train.py back. It knows
+nothing of the model or of the metric. What it knows of a night is in git, results.tsv and runs/:
+
+    branch autoresearch/TAG          the kept commits
+    tag base/autoresearch/TAG        the commit the night began with; its message holds the limits
+    refs/autoresearch/TAG/COMMIT     every idea that was tried, kept or not
+    results.tsv                      the ledger, one row a run
+    runs/COMMIT-SEED/                a run: its own train.py, the base's prepare.py, log and result
+
+Any command may be killed at any time. The next one looks at these and goes on.
+
+Sections: the rule, the ledger, git, a run, the night, deciding, answers, verbs, command line.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
 import math
+import os
+import re
+import shlex
+import shutil
+import signal
 import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
 from typing import NamedTuple
 
+try:
+    import fcntl
+except ModuleNotFoundError:
+    sys.exit("REFUSED this runs on Linux, on macOS, and on Windows inside WSL")
+
 # --- The rule -------------------------------------------------------------------------------------
+# docs/rule.md explains it; tools/simulate_rule.py chose the numbers.
 
 METRIC = "val_bpb"  # the number that train.py's summary prints and that decides
 LOWER_IS_BETTER = True  # False for a metric that should rise
+ANY_DECREASE = False  # True keeps whatever is better at all, however little, after one run
 
-# In standard errors of the difference between an idea and its parent; by tools/simulate_rule.py
-LOW = 0.2  # after one run each: not above this is a discard
+# The bars, in standard errors of the difference between an idea and its parent
+LOW = 0.0  # after one run each: not above this is a discard
 HIGH = 1.25  # after one run each: above this is a keep; between the two, both run once more
-BAR = 0.7  # after two runs each: above this is a keep
+BAR = 0.4  # after two runs each: above this is a keep
 SIMPLER = -0.5  # an idea that takes out code is kept above this
+
 LAST_RUNS = 3  # runs of the parent that count, the latest ones
+HALF_LIFE = 2  # repeats after which a repeat weighs half in the noise; math.inf: all weigh the same
+PARENT_AGE_MINUTES = 75  # a parent that last ran longer ago runs again: machines drift
 
 
 class Run(NamedTuple):
@@ -35,21 +77,36 @@ class Verdict(NamedTuple):
 
 def gain_of(before, after):
     """Return by how much `after` is better than `before`; positive is better."""
-    return before - after if LOWER_IS_BETTER else after - before
+    if LOWER_IS_BETTER:
+        return before - after
+    return after - before
+
+
+def distinct(runs):
+    """Return the runs without those that stand there again: one row twice is one run."""
+    return list(dict.fromkeys(runs))
 
 
 def noise_of(runs):
-    """Return the standard deviation of a run about the mean of its commit; nan without repeats."""
-    by_commit = {}
-    for run in runs:
-        by_commit.setdefault(run.commit, []).append(run.value)
-    squares = 0.0
-    freedom = 0  # degrees of freedom: every commit's mean costs one
-    for values in by_commit.values():
-        mean = statistics.fmean(values)
-        squares += sum((value - mean) ** 2 for value in values)
-        freedom += len(values) - 1
-    return math.sqrt(squares / freedom) if freedom else math.nan
+    """Return the standard deviation of one run now, from all runs so far, in order of time.
+
+    It is in the unit of METRIC, and nan where no commit ran twice.
+    """
+    squares = []  # of each repeat, in order; each estimates the variance by itself
+    values = {}  # of each commit, so far
+    for run in distinct(runs):
+        earlier = values.setdefault(run.commit, [])
+        if earlier:
+            # The deviation of a value from the mean of n others has (n + 1) / n times its variance.
+            # Without weights the mean of these squares is the pooled variance (Welford 1962).
+            n = len(earlier)
+            squares.append((run.value - statistics.fmean(earlier)) ** 2 * n / (n + 1))
+        earlier.append(run.value)
+    if not squares:
+        return math.nan
+    # As the model changes, so does its noise: a repeat weighs less, the more came after it.
+    weights = [0.5 ** (age / HALF_LIFE) for age in reversed(range(len(squares)))]
+    return math.sqrt(statistics.fmean(squares, weights))
 
 
 def judge(idea, parent, noise, simpler=False):
@@ -57,15 +114,1766 @@ def judge(idea, parent, noise, simpler=False):
 
     Only runs of the parent under the idea's seeds count, where there are any.
     """
+    idea = distinct(idea)
+    parent = distinct(parent)
     seeds = {run.seed for run in idea}
-    shared = [run.value for run in parent if run.seed in seeds] or [run.value for run in parent]
-    shared = shared[-LAST_RUNS:]
-    gain = gain_of(statistics.fmean(shared), statistics.fmean(run.value for run in idea))
-    error = noise * math.sqrt(1 / len(idea) + 1 / len(shared))
-    low, high = (LOW, HIGH) if len(idea) == 1 else (BAR, BAR)
-    bar = error * (SIMPLER if simpler else high)
-    if gain > bar:
+    same_seeds = [run for run in parent if run.seed in seeds]
+    against = (same_seeds or parent)[-LAST_RUNS:]
+    before = statistics.fmean(run.value for run in against)
+    after = statistics.fmean(run.value for run in idea)
+    gain = gain_of(before, after)
+
+    error = noise * math.sqrt(1 / len(idea) + 1 / len(against))
+    if ANY_DECREASE:
+        error = 0.0
+    settled = len(idea) > 1  # there is no third run
+    low = error * (BAR if settled else LOW)
+    bar = error * (BAR if settled else HIGH)
+    if simpler:
+        bar = error * SIMPLER
+    # What takes out code is kept at equal results, too, where the metric knows no noise.
+    if gain > bar or (simpler and gain == bar):
         return Verdict("keep", gain, bar)
-    if gain <= error * low:
+    if gain <= low:
         return Verdict("discard", gain, bar)
     return Verdict("repeat", gain, bar)
+
+
+# --- The ledger -----------------------------------------------------------------------------------
+
+STATUSES = ("keep", "discard", "crash")
+SEEDS = (42, 43, 44)  # of the baseline; an idea has the first one, and the second if unclear
+PARENT_AGAIN = "parent again"  # describes a run of a kept commit beside an idea
+NO_EFFECT = "; no effect"  # ends the description of an idea whose losses are its parent's
+BESIDE = "; beat its bar beside "  # ends that of the second best of a wave, then the best one
+HEADER = f"commit\t{METRIC}\tmemory_gb\tstatus\tdescription"
+COLD_TRIES = 3  # an axis with fewer tries is cold
+CLOSED_TRIES = 5  # an axis is closed after so many tries in a row without a gain
+
+
+class Refused(Exception):
+    """One line for the reader: what was wrong, and what to run."""
+
+
+class Row(NamedTuple):
+    """One row of results.tsv: one run, or an idea given up after a crash."""
+
+    commit: str  # its first seven digits
+    value: float
+    memory_gb: float
+    status: str
+    description: str  # without the seed at its end
+    seed: int
+
+    @property
+    def run(self):
+        return Run(self.commit, self.seed, self.value)
+
+
+class Experiment(NamedTuple):
+    """One idea of the ledger, measured against its parent."""
+
+    commit: str
+    idea: str
+    status: str
+    parent: str  # the commit that was the last kept one
+    runs: list  # the idea's, empty after a crash
+    parent_runs: list  # the parent's that stood in the ledger by then
+    gain: float  # nan after a crash
+
+
+def figure(number, significant=6):
+    """Return a number with six decimals, or more where a small one would lose its digits."""
+    decimals = 6
+    if number and math.isfinite(number):
+        decimals = max(6, significant - 1 - math.floor(math.log10(abs(number))))
+    return f"{number:.{decimals}f}"
+
+
+def format_row(row):
+    """Return a row as a line of results.tsv."""
+    words = " ".join(row.description.split())
+    if row.seed != SEEDS[0] or words == "baseline":
+        words += f", seed {row.seed}"
+    value = figure(row.value)
+    return f"{row.commit}\t{value}\t{row.memory_gb:.1f}\t{row.status}\t{words}\n"
+
+
+def parse_row(line):
+    """Return the Row of a line; raise ValueError that says what is wrong with it."""
+    fields = line.rstrip("\r\n").split("\t")
+    if len(fields) != 5:
+        raise ValueError(f"it has {len(fields)} columns, not 5")
+    commit, value, memory_gb, status, description = fields
+    if not re.fullmatch("[0-9a-f]{7,40}", commit):
+        raise ValueError(f"{commit!r} is no commit")
+    if status not in STATUSES:
+        raise ValueError(f"the status {status!r} is none of {', '.join(STATUSES)}")
+    if not math.isfinite(float(value)):
+        raise ValueError(f"{value} is not finite")
+    seed = re.search(r", seed (\d+)$", description)
+    if seed:
+        description = description[: seed.start()]
+    number = int(seed[1]) if seed else SEEDS[0]
+    return Row(commit[:7], float(value), float(memory_gb), status, description, number)
+
+
+def read_ledger(path):
+    """Return (rows, notes) of a ledger; a note names a line that was left out, and why."""
+    rows = []
+    seen = set()
+    notes = []
+    for number, line in enumerate(path.read_text("utf-8", "replace").split("\n"), start=1):
+        if not line.strip() or (number == 1 and line.startswith("commit\t")):
+            continue
+        try:
+            row = parse_row(line)
+        except ValueError as error:
+            notes.append(f"{path.name} line {number} is left out: {error}")
+            continue
+        if row.status == "crash" or row not in seen:  # equal rows are one run
+            rows.append(row)
+        seen.add(row)
+    return rows, notes
+
+
+def append_rows(path, rows):
+    """Append rows to the ledger, all of them or none."""
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        last = b"\n"
+        if size:
+            file.seek(size - 1)
+            last = file.read(1)
+        text = "".join(map(format_row, rows)).encode()
+        try:
+            file.write(text if last == b"\n" else b"\n" + text)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:  # a full disk
+            os.ftruncate(file.fileno(), size)
+            raise
+
+
+def replace_file(path, text):
+    """Write a file so that a reader sees the old text or the new one, and nothing between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def experiments_of(rows):
+    """Return the Experiments of a ledger in order; its first row is of the base."""
+    base = rows[0].commit if rows else None
+    kept = base
+    runs = {}  # so far, by commit
+    found = {}
+    for row in rows:
+        if row.commit != base and row.commit not in found:
+            parent_runs = list(runs.get(kept, ()))
+            found[row.commit] = Experiment(
+                row.commit, row.description, row.status, kept, [], parent_runs, math.nan
+            )
+        if row.status == "crash":
+            continue
+        runs.setdefault(row.commit, []).append(row.run)
+        if row.commit in found and not row.description.startswith(PARENT_AGAIN):
+            found[row.commit].runs.append(row.run)
+        if row.status == "keep":
+            kept = row.commit
+    experiments = []
+    for experiment in found.values():
+        if experiment.runs and experiment.parent_runs:
+            gain = judge(experiment.runs, experiment.parent_runs, 0.0).gain
+            experiment = experiment._replace(gain=gain)
+        experiments.append(experiment)
+    return experiments
+
+
+def axis_of(idea):
+    """Return what an idea's words name as its axis, before the first colon."""
+    axis, colon, _ = idea.partition(":")
+    return " ".join(axis.lower().split()) if colon else "no axis"
+
+
+# --- Git ------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent  # the recipe's folder; the repository may be larger
+LEDGER = ROOT / "results.tsv"
+RUNS = ROOT / "runs"
+CANVAS = "train.py"
+CONTRACT = ("prepare.py", "ratchet.py", "pyproject.toml")  # equal to the base's, all night
+ME = "uv run ratchet.py"
+
+
+def git_bytes(*words, stdin=None, env=None):
+    """Return what git prints; raise Refused with its first line where it fails."""
+    # No hook of the person's may edit a file between a commit and its run, or refuse a commit
+    command = ["git", "-c", "core.hooksPath=/dev/null", *words]
+    try:
+        done = subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, env=env)
+    except FileNotFoundError:
+        raise Refused("git is not installed") from None
+    if done.returncode != 0:
+        lines = done.stderr.decode("utf-8", "replace").strip().split("\n")
+        raise Refused(f"git {words[0]} failed: {lines[0] or f'status {done.returncode}'}")
+    return done.stdout
+
+
+def git(*words, stdin=None, env=None):
+    """Return what git prints, as text."""
+    return git_bytes(*words, stdin=stdin, env=env).decode("utf-8", "replace").rstrip("\n")
+
+
+def git_or_none(*words):
+    """Return what git prints, or None where it fails."""
+    try:
+        return git(*words)
+    except Refused:
+        return None
+
+
+def idea_ref(tag, commit):
+    return f"refs/autoresearch/{tag}/{commit[:7]}"
+
+
+def full_commit(tag, commit):
+    """Return all forty digits of a commit of this night; raise Refused if there is no such."""
+    for name in (idea_ref(tag, commit), commit):
+        found = git_or_none("rev-parse", "--quiet", "--verify", "--end-of-options", f"{name}^0")
+        if found:
+            return found
+    raise Refused(f"there is no commit {commit}")
+
+
+def edited_files(commit="HEAD", *names):
+    """Return the tracked files that differ from a commit's: the recipe's, or these names."""
+    return git("diff", "--name-only", "--relative", commit, "--", *(names or ".")).splitlines()
+
+
+def canvas_path():
+    """Return train.py's path in the repository, which may be larger than the recipe."""
+    return git("rev-parse", "--show-prefix") + CANVAS
+
+
+def is_ancestor(old, new):
+    return git_or_none("merge-base", "--is-ancestor", old, new) is not None
+
+
+def takes_out_code(old, new):
+    """Tell whether train.py has lost more lines than it has gained."""
+    counts = git("diff", "--numstat", old, new, "--", CANVAS).split()
+    return len(counts) >= 2 and counts[0].isdigit() and int(counts[1]) > int(counts[0])
+
+
+# --- A run ----------------------------------------------------------------------------------------
+
+WALL = 2.0  # times HARD_LIMIT: a run that has hung before its own wall was armed is ended
+HARD_LIMIT = 600  # seconds, where prepare.py names none
+STOP_SECONDS = 15  # that a training has to end after a request, before it is killed
+MIN_FREE_BYTES = 2**26  # of disk, without which no run begins
+LOG_BYTES = 2**22  # of a log that are read: half from its beginning, half from its end
+LINE = 150  # characters of a log's line that are shown
+KILLED = {-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGKILL, 128 + signal.SIGTERM}
+PEOPLES_VARIABLES = ("AUTORESEARCH_SPLIT", "AUTORESEARCH_SEED")
+
+
+class Training(NamedTuple):
+    """One run as it stands on disk."""
+
+    folder: Path
+    job: dict  # what was to be run
+    result: dict  # what came of it; empty while it runs, or if it was cut off
+
+    @property
+    def value(self):
+        return float(figure(self.result["value"]))  # as the ledger has it
+
+    @property
+    def memory_gb(self):
+        return self.result["memory_mb"] / 1024
+
+
+def read_json(path):
+    """Return what a JSON file holds, or an empty dict where there is no file."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+def read_log(path):
+    """Return the text of a log, without its middle if it is huge, one report a line."""
+    with path.open("rb") as file:
+        text = file.read(LOG_BYTES // 2)
+        size = file.seek(0, os.SEEK_END)
+        if size > LOG_BYTES // 2:
+            file.seek(max(LOG_BYTES // 2, size - LOG_BYTES // 2))
+            text += file.read()
+    return text.decode("utf-8", "replace").replace("\r", "\n")
+
+
+def last_words(text):
+    """Return the line of a log that says how the run failed."""
+    if re.search(r"^Timeout \(\d+:\d+:\d+", text, re.M):
+        return "it ran past HARD_LIMIT"
+    _, traceback, rest = text.rpartition("Traceback (most recent call last):\n")
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if traceback:
+        flush = [line for line in rest.split("\n") if line and not line.startswith(" ")]
+        lines = flush[:1] or lines
+    return lines[-1][:LINE] if lines else "it printed nothing"
+
+
+def find(pattern, text, convert=float, default=None):
+    """Return the last match's first group, converted, or a default."""
+    found = re.findall(pattern, text, re.M)
+    return convert(found[-1]) if found else default
+
+
+def read_result(text, exit_status, job):
+    """Return what a log says of its run, and whether it is valid: a dict for result.json.
+
+    "word" is valid; busy (the machine was not the run's own); killed (from outside); refused (it
+    cannot be compared with the baseline); or crash. "why" says more.
+    """
+    number = r"([-+]?(?:[0-9]+\.?[0-9]*(?:[eE][-+]?[0-9]+)?|nan|inf))"
+    values = re.findall(rf"^{job['metric']}: +{number}$", text, re.M)
+    # A run is compared with the baseline's only on the same device, with the same dtype and data
+    setting = {}
+    for line in re.findall(r"^(?:device: .*|corpus: \w+|attention: \S+(?=, ))", text, re.M):
+        setting.setdefault(line.partition(":")[0], line)
+    memory = find(rf"^peak_vram_mb: +{number}$", text, default=0.0)
+    result = {
+        "commit": job["commit"],
+        "seed": job["seed"],
+        "exit_status": exit_status,
+        "value": float(values[-1]) if values else math.nan,
+        "memory_mb": memory if math.isfinite(memory) else 0.0,
+        "total_seconds": find(rf"^total_seconds: +{number}$", text),
+        "steps": find(r"^num_steps: +(\d+)$", text, int),
+        "setting": setting,
+        "losses": dict(re.findall(r"^step +(\d+) .*\| loss ([-+.\w]+)", text, re.M)),
+        "notes": odd_speed(text, number),
+        "ended": time.time(),
+    }
+    changed = re.search(r"^contract changed: .*", text, re.M)
+    busy = re.search(r"^machine busy: .*", text, re.M)
+    differs = [key for key in job["expected"] if setting.get(key) != job["expected"][key]]
+    word = "valid"
+    why = ""
+    if exit_status in KILLED:
+        word = "killed"
+        why = f"it was killed from outside (status {exit_status})"
+    elif exit_status != 0:
+        word = "crash"
+        why = last_words(text)
+    elif len(values) != 1 or not math.isfinite(result["value"]):
+        word = "crash"
+        said = " and ".join(values) or "missing"
+        why = f"the summary's {job['metric']} is {said}, and has to be one finite number"
+    elif changed:
+        word = "refused"
+        why = changed[0][:LINE]
+    elif differs:
+        word = "refused"
+        said = setting.get(differs[0], f"{differs[0]}: not said")
+        why = f"{said[:LINE]} (the baseline's is {job['expected'][differs[0]][:LINE]})"
+    elif busy:
+        word = "busy"
+        why = busy[0][:LINE]
+    return result | {"word": word, "why": why}
+
+
+def odd_speed(text, number):
+    """Return notes where a summary's tokens or speed cannot be what was run."""
+    notes = []
+    handed_out = find(r"^clock: (\d+) tokens in ", text)
+    trained = find(rf"^total_tokens_M: +{number}$", text)
+    steps = find(r"^num_steps: +(\d+)$", text)
+    if handed_out and trained is not None:
+        # A step that the clock cut short is in no summary, and the summary is rounded
+        allowed = 0.01 * handed_out + 0.05e6 + handed_out / max(steps or 1, 1)
+        if abs(trained * 1e6 - handed_out) > allowed:
+            notes.append(f"the summary says {trained} M tokens, the clock {handed_out / 1e6:.1f} M")
+    if find(rf"^mfu_percent: +{number}$", text, default=0.0) > 100:
+        notes.append("the speed is above the card's peak")
+    return notes
+
+
+def lock_file(path, how=fcntl.LOCK_EX):
+    """Return a file that holds a lock on path, or None if another process holds it."""
+    try:
+        file = path.open("rb")  # another user's lock file cannot be opened to write
+    except FileNotFoundError:
+        file = path.open("ab")
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def device_lock(launch):
+    """Return the path of the lock of the device that a training takes, None if a scheduler's.
+
+    The lock is the machine's and not the clone's, so that two nights share no device.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    device = launch["command"] if launch["takes_slot"] else f"device {visible or 'cpu'}"
+    if launch["command"] and not launch["takes_slot"]:
+        return None
+    name = hashlib.sha256(device.encode()).hexdigest()[:16]  # a device's name may hold a slash
+    return Path(tempfile.gettempdir()) / f"autoresearch-{name}.lock"
+
+
+def is_going(folder):
+    """Tell whether a run's runner lives; it holds the lock until its result is written."""
+    if (folder / "result.json").exists():
+        return False
+    try:
+        lock = lock_file(folder / "alive", fcntl.LOCK_SH)
+    except FileNotFoundError:
+        return False
+    if lock:
+        lock.close()
+    return lock is None
+
+
+def attempts(tag, commit, split="val"):
+    """Return the Trainings of a commit in this night, in order of time."""
+    found = []
+    for path in RUNS.glob(f"{commit[:7]}-*/job.json"):
+        job = read_json(path)
+        if job["tag"] == tag and job["split"] == split:
+            found.append(Training(path.parent, job, read_json(path.parent / "result.json")))
+    return sorted(found, key=lambda training: training.job["started"])
+
+
+def make_snapshot(night, commit, seed, split):
+    """Make the folder of a run: the commit's train.py and the rest of the base; return it."""
+    RUNS.mkdir(exist_ok=True)
+    if shutil.disk_usage(RUNS).free < MIN_FREE_BYTES:
+        raise Refused(f"the disk of {RUNS} is full: make room, then {ME} wait")
+    name = f"{commit[:7]}-{seed}" + ("" if split == "val" else f"-{split}")
+    number = 1
+    folder = RUNS / name
+    while True:
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            number += 1
+            folder = RUNS / f"{name}-{number}"
+    for file in git("ls-tree", "--name-only", night.base, "./").splitlines():
+        if file.endswith(".py") and file not in (CANVAS, "ratchet.py"):
+            (folder / file).write_bytes(git_bytes("show", f"{night.base}:./{file}"))
+    (folder / CANVAS).write_bytes(git_bytes("show", f"{commit}:./{CANVAS}"))
+    return folder
+
+
+def hard_limit(base):
+    """Return the seconds after which the base's prepare.py ends a run."""
+    text = git_or_none("show", f"{base}:./prepare.py") or ""
+    return find(r"^HARD_LIMIT = ([0-9.]+)", text, default=HARD_LIMIT)
+
+
+def start_run(night, commit, seed, slot=0, split="val", foreground=False):
+    """Start a run in a session of its own; return its folder, None if the device is in use."""
+    launch = {
+        "command": night.facts["launch"].replace("{slot}", str(slot)),
+        "takes_slot": "{slot}" in night.facts["launch"],
+    }
+    path = device_lock(launch)
+    lock = lock_file(path) if path else None
+    if path and not lock:
+        return None
+    folder = make_snapshot(night, commit, seed, split)
+    alive = lock_file(folder / "alive")
+    job = {
+        "tag": night.tag,
+        "commit": commit[:7],
+        "seed": seed,
+        "split": split,
+        "metric": METRIC if split == "val" else METRIC.replace("val", split),
+        "command": [*shlex.split(launch["command"]), sys.executable, CANVAS],
+        "slot": slot,
+        "wall": None if launch["command"] else WALL * hard_limit(night.base),
+        "expected": night.setting,
+        "started": time.time(),
+    }
+    replace_file(folder / "job.json", json.dumps(job, indent=1))
+    fds = [file.fileno() for file in (alive, lock) if file]
+    for fd in fds:
+        os.set_inheritable(fd, True)
+    subprocess.Popen(
+        [sys.executable, __file__, "_run", str(folder), *map(str, fds)],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=(folder / "runner.err").open("wb"),
+        pass_fds=fds,
+        start_new_session=not foreground,
+    )
+    return folder
+
+
+class Stopped(Exception):
+    """A person has asked for the end of this run."""
+
+
+def run_training(folder, lock_fds):
+    """Train in a run's folder and write the result; the process that calls it is the runner."""
+    job = read_json(folder / "job.json")
+
+    def stop(*_):
+        raise Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    env = os.environ | {"AUTORESEARCH_SEED": str(job["seed"])}
+    if job["split"] != "val":
+        env["AUTORESEARCH_SPLIT"] = job["split"]
+    stopped = ""
+    log = folder / "run.log"
+    with log.open("wb") as output:
+        show_log(log)
+        # The training holds the device's lock, too: if this process dies, it still has the device
+        training = subprocess.Popen(
+            job["command"],
+            cwd=folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=lock_fds,
+        )
+        try:
+            training.wait(timeout=job["wall"])
+        except Stopped:
+            stopped = "it was stopped by a person"
+        except subprocess.TimeoutExpired:
+            stopped = "wall"
+        if stopped:
+            training.terminate()
+            try:
+                training.wait(timeout=STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                training.kill()
+                training.wait()
+    result = read_result(read_log(log), training.returncode, job)
+    if stopped == "wall":
+        result |= {"word": "crash", "why": "it hung before its own wall at HARD_LIMIT was armed"}
+    elif stopped:
+        result |= {"word": "stopped", "why": stopped}
+    keep_log(log)
+    replace_file(folder / "result.json", json.dumps(result, indent=1))
+
+
+def show_log(log):
+    """Let run.log in the root show the log of the run that is going."""
+    link = ROOT / f".run.log.{os.getpid()}"
+    try:
+        link.symlink_to(log)
+        link.replace(ROOT / "run.log")
+    except OSError as error:  # a file system without links; the log is in its folder all the same
+        print(f"no run.log in {ROOT}: {error}", file=sys.stderr)
+
+
+def keep_log(log):
+    """Put a copy in place of the link, so that `> run.log` by hand writes over no run's log."""
+    shown = ROOT / "run.log"
+    if shown.is_symlink() and shown.resolve() == log.resolve():
+        copy = ROOT / f".run.log.{os.getpid()}"
+        shutil.copyfile(log, copy)
+        copy.replace(shown)
+
+
+# --- The night ------------------------------------------------------------------------------------
+
+STALE = 7.5  # times HARD_LIMIT: a parent that ran longer ago runs again beside the idea
+
+
+class Night:
+    """What git, the ledger and the runs say of the night at this moment."""
+
+    def __init__(self):
+        branch = git_or_none("symbolic-ref", "--quiet", "--short", "HEAD")
+        if branch is None:
+            git("rev-parse", "--git-dir")  # if there is no repository, git says so
+            raise Refused("no branch is checked out: git switch autoresearch/TAG")
+        prefix, _, self.tag = branch.partition("/")
+        if prefix != "autoresearch" or not self.tag:
+            raise Refused(f"no night here, on branch {branch}: {ME} start TAG, or git switch to it")
+        self.facts = read_facts(self.tag)
+        if self.facts is None:
+            raise Refused(f"this night has no tag base/{branch}: {ME} start another TAG")
+        self.base = git("rev-parse", f"refs/tags/base/{branch}^0")
+        if not LEDGER.exists():
+            raise Refused(f"no {LEDGER.name} here: put back the one of this night, or start anew")
+        self.head = git("rev-parse", "HEAD")
+        self.load_ledger()
+        if self.rows and self.rows[0].commit != self.base[:7]:
+            raise Refused(f"{LEDGER.name} is of another night: move it away")
+
+    def load_ledger(self):
+        """Read the rows, and find the last kept commit."""
+        self.rows, self.notes = read_ledger(LEDGER)
+        kept = [row.commit for row in self.rows if row.status == "keep"]
+        self.kept = self.base
+        if kept and kept[-1] != self.base[:7]:
+            self.kept = full_commit(self.tag, kept[-1])
+        self.experiments = experiments_of(self.rows)
+        self.noise = noise_of([row.run for row in self.rows if row.status != "crash"])
+
+    @property
+    def setting(self):
+        """What the baseline's first valid run said of its device, dtype, corpus and attention."""
+        for training in attempts(self.tag, self.base):
+            if training.result.get("word") == "valid":
+                return training.result["setting"]
+        return {}
+
+    @property
+    def stale_seconds(self):
+        return STALE * hard_limit(self.base)
+
+    @property
+    def baseline_left(self):
+        """Return the seeds of the baseline that have no row yet."""
+        done = {row.seed for row in self.rows if row.commit == self.base[:7]}
+        return [seed for seed in SEEDS if seed not in done]
+
+    def rows_of(self, commit):
+        return [row for row in self.rows if row.commit == commit[:7]]
+
+    def book(self, rows):
+        append_rows(LEDGER, rows)
+        self.load_ledger()
+
+    def over(self):
+        """Return why no further experiment begins, or an empty string."""
+        end = self.facts["until"]
+        most = self.facts["experiments"]
+        patience = self.facts["patience"]
+        if end and time.time() >= end:
+            return f"the end was {show_time(end)}"
+        if most and len(self.experiments) >= most:
+            return f"all {most} experiments are done"
+        if patience and self.fruitless() >= patience:
+            return f"{self.fruitless()} experiments in a row kept nothing"
+        return ""
+
+    def fruitless(self):
+        """Return how many experiments at the end of the ledger kept nothing."""
+        count = 0
+        for experiment in reversed(self.experiments):
+            if experiment.status == "keep":
+                break
+            count += 1
+        return count
+
+    def check_contract(self):
+        """Raise Refused where what nobody edits differs from the base, or is set from outside."""
+        for name in PEOPLES_VARIABLES:
+            if os.environ.get(name):
+                raise Refused(f"{name} is set, which is for people alone: unset {name}")
+        for name in edited_files(self.base, *CONTRACT):
+            tag = f"base/autoresearch/{self.tag}"
+            raise Refused(f"{name} differs from the base: git restore --source {tag} {name}")
+
+    def idea_at_head(self):
+        """Return the commit at HEAD if it is an idea on the last kept commit, None if none is.
+
+        Notes that people commit beside train.py do not matter, before the idea or after a keep.
+        """
+        if self.head == self.kept:
+            return None
+        if not is_ancestor(self.kept, self.head):
+            raise Refused(f"HEAD does not come from the kept {self.kept[:7]}: git switch to it")
+        edits = git("rev-list", "--first-parent", f"{self.kept}..HEAD", "--", CANVAS).split()
+        if not edits:
+            return None
+        if edits != [self.head]:
+            raise Refused(
+                f"HEAD is {len(edits)} edits of {CANVAS} off the kept {self.kept[:7]}, and has to"
+                f" be one at most: git reset --keep {edits[-1][:7]}"
+            )
+        others = git("diff", "--name-only", f"{self.head}^", self.head).splitlines()
+        others = [name for name in others if name != canvas_path()]
+        if others:
+            raise Refused(
+                f"the idea {self.head[:7]} changes {others[0]}, and may change {CANVAS} alone:"
+                f" git reset --soft {self.head[:7]}^"
+            )
+        return self.head
+
+
+def read_facts(tag):
+    """Return what was agreed for a night, None if there is no such night."""
+    ref = f"refs/tags/base/autoresearch/{tag}"
+    text = git("for-each-ref", "--format=%(contents)", ref)
+    return json.loads(text) if text else None
+
+
+def show_time(seconds):
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M %Z")
+
+
+@contextlib.contextmanager
+def one_at_a_time():
+    """Keep other calls of the ratchet in this folder waiting for the short while of a change."""
+    RUNS.mkdir(exist_ok=True)
+    with (RUNS / "lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# --- Deciding -------------------------------------------------------------------------------------
+
+POLL_SECONDS = (0.02, 1.0)  # between two looks at a run: at first, at most
+
+
+class Call:
+    """One call of a verb: what it may do, what it has seen, what it says."""
+
+    def __init__(self, foreground=False, seconds=math.inf):
+        self.may_run = False  # whether it may start a run
+        self.foreground = foreground  # whether its runs are its children
+        self.retry = False  # whether an idea that crashed runs again as it is
+        self.deadline = time.monotonic() + seconds
+        self.watched = set()  # runs that this call started or saw going
+        self.going = []  # runs to wait for
+        self.failed = None  # the run that the answer is about, if it gave no number
+        self.device_busy = False
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+class Answer(NamedTuple):
+    """The last line of every call."""
+
+    word: str
+    text: str
+
+
+class Need(NamedTuple):
+    """A run that a verdict waits for."""
+
+    commit: str
+    seed: int
+    since: float  # a run that was started before does not count
+
+
+def valid_attempts(night, commit):
+    return [t for t in attempts(night.tag, commit) if t.result.get("word") == "valid"]
+
+
+def has_row(night, training):
+    """Tell whether a run is booked; an equal value under the same seed is the same run."""
+    for row in night.rows_of(training.job["commit"]):
+        if (row.seed, row.value) == (training.job["seed"], training.value):
+            return True
+    return False
+
+
+def row_of(training, status, description):
+    job = training.job
+    return Row(job["commit"], training.value, training.memory_gb, status, description, job["seed"])
+
+
+def book_parent(night, call):
+    """Book finished runs of the baseline, and of the kept commit beside an idea."""
+    for training in valid_attempts(night, night.kept):
+        if has_row(night, training):
+            continue
+        words = PARENT_AGAIN
+        if night.kept == night.base and training.job["seed"] in night.baseline_left:
+            words = "baseline"
+        row = row_of(training, "keep", words)
+        night.book([row])
+        call.say(f"{row.commit} {words}, seed {row.seed}: {METRIC} {figure(row.value)}")
+
+
+def put_back(night, call):
+    """Take a booked failure off the branch; edits that came after its commit are put aside."""
+    set_edit_aside(night.head, call)
+    git("reset", "--quiet", "--keep", f"{night.head}^")
+    night.head = git("rev-parse", "HEAD")
+
+
+def set_edit_aside(commit, call):
+    """Save an uncommitted edit of train.py under runs/, and give train.py back as committed."""
+    if CANVAS not in edited_files():
+        return
+    number = 1
+    while (RUNS / f"edited-{commit[:7]}-{number}.py").exists():
+        number += 1
+    aside = RUNS / f"edited-{commit[:7]}-{number}.py"
+    shutil.copyfile(ROOT / CANVAS, aside)
+    git("checkout", "--quiet", "HEAD", "--", CANVAS)
+    call.say(f"{CANVAS} was edited after its commit; the edit is saved in runs/{aside.name}")
+
+
+def settle(night, call):
+    """Do what was decided and is not done: rows of the parent, the branch, the idea's ref."""
+    book_parent(night, call)
+    if night.head != night.kept and is_ancestor(night.head, night.kept):  # kept in a wave
+        git("merge", "--quiet", "--ff-only", night.kept)
+        night.head = git("rev-parse", "HEAD")
+    idea = night.idea_at_head()
+    if idea:
+        git("update-ref", idea_ref(night.tag, idea), idea)
+        if night.rows_of(idea):
+            put_back(night, call)
+            return None
+    return idea
+
+
+def decide(night, idea):
+    """Return (needs, verdict, trainings) of an idea: what is to run first, or the Verdict."""
+    ours = valid_attempts(night, idea)
+    first = next((t for t in ours if t.job["seed"] == SEEDS[0]), None)
+    since = (first.job["started"] if first else time.time()) - night.stale_seconds
+    needs = []
+    if not any(t.job["started"] > since for t in valid_attempts(night, night.kept)):
+        needs.append(Need(night.kept, SEEDS[0], since))
+    if first is None:
+        needs.append(Need(idea, SEEDS[0], 0.0))
+    if needs:
+        return needs, None, []
+    second = next((t for t in ours if t.job["seed"] == SEEDS[1]), None)
+    trainings = [first] + ([second] if second else [])
+    parent = [row.run for row in night.rows_of(night.kept)]
+    runs = [Run(idea[:7], t.job["seed"], t.value) for t in trainings]
+    noise = noise_of([row.run for row in night.rows if row.status != "crash"] + runs)
+    verdict = judge(runs, parent, noise, takes_out_code(night.kept, idea))
+    if verdict.word == "repeat" and not second and not same_losses(night, first):
+        since = first.job["started"]
+        theirs = [t for t in valid_attempts(night, night.kept) if t.job["started"] > since]
+        if not any(t.job["seed"] == SEEDS[1] for t in theirs):
+            needs.append(Need(night.kept, SEEDS[1], since))
+        needs.append(Need(idea, SEEDS[1], 0.0))
+        return needs, None, trainings
+    if verdict.word == "repeat":
+        verdict = verdict._replace(word="discard")
+    return [], verdict, trainings
+
+
+def same_losses(night, training):
+    """Tell whether a run reported its parent's losses under the same seed, to the last digit."""
+    ours = training.result["losses"]
+    for other in valid_attempts(night, night.kept):
+        theirs = other.result["losses"]
+        common = ours.keys() & theirs.keys()
+        beyond_first = [step for step in common if int(step) > 1]
+        same_seed = other.job["seed"] == training.job["seed"]
+        if same_seed and len(beyond_first) >= 2 and all(ours[s] == theirs[s] for s in common):
+            return True
+    return False
+
+
+def idea_rows(night, idea, verdict, trainings, words):
+    """Return the rows of a decided idea."""
+    for note in sorted({note for t in trainings for note in t.result["notes"]}):
+        words += f" [{note}]"
+    if verdict.word == "discard" and same_losses(night, trainings[0]):
+        words += NO_EFFECT
+    return [row_of(training, verdict.word, words) for training in trainings]
+
+
+def subject(commit):
+    return " ".join(git("log", "-1", "--format=%B", commit).split()) or "no words"
+
+
+def crash_row(idea, words):
+    return Row(idea[:7], 0.0, 0.0, "crash", words, SEEDS[0])
+
+
+def last_attempt(night, need):
+    """Return the latest Training that could meet a need, None if there is none."""
+    found = attempts(night.tag, need.commit)
+    found = [t for t in found if t.job["seed"] == need.seed and t.job["started"] > need.since]
+    return found[-1] if found else None
+
+
+def is_hard(night, training):
+    """Tell whether a failed run would fail again: a crash, but not the first kill from outside."""
+    word = training.result.get("word")
+    if word == "killed":
+        job = training.job
+        all_of_them = [
+            t for t in attempts(night.tag, job["commit"]) if t.job["seed"] == job["seed"]
+        ]
+        return sum(t.result.get("word") == "killed" for t in all_of_them) > 1
+    return word in ("crash", "refused")
+
+
+def work_on(night, call, needs, jobs, patient=False):
+    """Start runs, at most `jobs` at once; return {commit: failed Training}.
+
+    A run of an idea that crashed is not tried again; one that was disturbed is, in the next call.
+    patient: a failure stops only runs of its own commit.
+    """
+    failed = {}
+    waiting = []
+    for need in needs:
+        training = last_attempt(night, need)
+        if training and not training.result and is_going(training.folder):
+            call.going.append(training)
+            call.watched.add(training.folder.name)
+            continue
+        hard = training and is_hard(night, training)
+        known = need.commit != night.kept and hard and not call.retry
+        if training and (known or training.folder.name in call.watched):
+            failed[need.commit] = training
+            if not patient:
+                return failed
+        else:
+            waiting.append(need)
+    if not call.may_run:
+        return failed
+    for need in waiting:
+        slots = set(range(jobs)) - {training.job["slot"] for training in call.going}
+        if not slots:
+            break
+        slot = min(slots)
+        folder = start_run(night, need.commit, need.seed, slot, foreground=call.foreground)
+        if folder is None:
+            call.device_busy = True
+            break
+        call.watched.add(folder.name)
+        call.going.append(Training(folder, read_json(folder / "job.json"), {}))
+    return failed
+
+
+def step(night, call):
+    """Do what can be done now; return the Answer, or None while a run is awaited."""
+    call.going = []
+    call.device_busy = False
+    idea = settle(night, call)
+    wave = read_wave()
+    if wave:
+        return step_wave(night, call, wave)
+    if night.baseline_left:
+        needs = [Need(night.base, seed, 0.0) for seed in night.baseline_left]
+        failed = work_on(night, call, needs, jobs=1)
+        return failure(night, call, failed) or await_runs(call, "the baseline")
+    if idea is None:
+        return next_step(night)
+    needs, verdict, trainings = decide(night, idea)
+    if verdict:
+        night.book(idea_rows(night, idea, verdict, trainings, subject(idea)))
+        if verdict.word == "discard":
+            put_back(night, call)
+        return verdict_on(night, idea)
+    tried = attempts(night.tag, idea)
+    if night.over() and not trainings and not (tried and is_going(tried[-1].folder)):
+        return Answer("OVER", f"{night.over()}; {idea[:7]} was not finished")
+    failed = work_on(night, call, needs, jobs=1)
+    return failure(night, call, failed) or await_runs(call, idea[:7])
+
+
+def await_runs(call, what):
+    """Return None if the call is to wait, else what is to be done."""
+    if call.going or (call.device_busy and call.may_run):
+        return None
+    return Answer("NEXT", f"{what} waits for its run: {ME} wait")
+
+
+def failure(night, call, failed):
+    """Return the Answer about a run that gave no number, None if there is none."""
+    for commit, training in failed.items():
+        call.failed = training
+        word = training.result.get("word", "cut off")
+        why = training.result.get("why", "its runner was killed, or the machine went down")
+        who = f"{commit[:7]} seed {training.job['seed']}"
+        again = f"{ME} wait runs it again"
+        if not is_hard(night, training):
+            return Answer("BUSY", f"{who}: {why}; nothing is booked: {again}")
+        if commit == night.kept:  # no edit of the agent's is to blame
+            return Answer("CRASH", f"{why} ({who}, which is no idea of yours: {again})")
+        if word == "refused":
+            return Answer("REFUSED", f"{who} cannot be compared: {why}: mend it and try, or drop")
+        return Answer("CRASH", f"{why} ({who}: mend it and try again, or drop it)")
+    return None
+
+
+def next_step(night):
+    """Return the Answer where nothing is pending."""
+    if night.over():
+        return Answer("OVER", f"{night.over()}; {len(night.experiments)} experiments")
+    if CANVAS in edited_files():
+        return Answer("NEXT", f'{CANVAS} is edited: {ME} try "axis: idea", or drop "why"')
+    return Answer("NEXT", f'edit {CANVAS}, then: {ME} try "axis: idea"')
+
+
+def verdict_on(night, commit):
+    """Return the Answer that the ledger gives on an idea."""
+    found = [e for e in night.experiments if e.commit == commit[:7]]
+    if not found:
+        return Answer("DISCARD", f"{commit[:7]} was dropped, and nothing is booked")
+    experiment = found[0]
+    word = experiment.status.upper()
+    if not experiment.runs:
+        return Answer(word, f"{commit[:7]} is given up: {experiment.idea}"[:LINE])
+    if experiment.idea.endswith(NO_EFFECT):
+        return Answer(word, "no effect: every loss is its parent's; is the edit reached?")
+    simpler = takes_out_code(full_commit(night.tag, experiment.parent), commit)
+    verdict = judge(experiment.runs, experiment.parent_runs, night.noise, simpler)
+    text = f"gain {figure(verdict.gain, 3)} bar {figure(verdict.bar, 3)}"
+    text += f" noise {figure(night.noise, 3)}, {METRIC} {figure(mean_value(experiment.runs))}"
+    if len(experiment.runs) > 1:
+        text += f", mean of {len(experiment.runs)}"
+    if simpler:
+        text += ", less code"
+    return Answer(word, text)
+
+
+def mean_value(runs):
+    return statistics.fmean(run.value for run in runs)
+
+
+def advance(call, commit=None):
+    """Go on until there is an Answer or the call's time is over; commit: what the call is about."""
+    pause = POLL_SECONDS[0]
+    while True:
+        with one_at_a_time():
+            night = Night()
+            night.check_contract()
+            answer = step(night, call)
+            if answer and commit and answer.word in ("NEXT", "OVER") and night.rows_of(commit):
+                answer = verdict_on(night, commit)  # another call has booked it meanwhile
+        if answer:
+            return night, answer
+        if not call.may_run:
+            return night, running(night, call)
+        pause = wait_for(call, pause)
+        if time.monotonic() >= call.deadline:
+            if call.going:
+                return night, running(night, call)
+            return night, Answer("BUSY", f"another training has this device: {ME} wait")
+
+
+def wait_for(call, pause):
+    """Sleep until a run ends or the call's time is over; return how long to sleep at first."""
+    while True:
+        left = call.deadline - time.monotonic()
+        time.sleep(max(0.0, min(pause, left)))
+        pause = min(1.2 * pause, POLL_SECONDS[1])
+        ended = not call.going or any(not is_going(t.folder) for t in call.going)
+        if ended or left <= 0:
+            return pause if not call.going else POLL_SECONDS[0]
+
+
+def running(night, call):
+    """Return the Answer while a run goes on: how long it will take yet."""
+    training = call.going[0]
+    lengths = [
+        t.result["total_seconds"]
+        for t in valid_attempts(night, night.base) + valid_attempts(night, night.kept)
+        if t.result["total_seconds"]
+    ]
+    usual = lengths[-1] if lengths else hard_limit(night.base)
+    left = max(0.0, training.job["started"] + usual - time.time())
+    who = ", ".join(f"{t.job['commit']} seed {t.job['seed']}" for t in call.going)
+    return Answer("RUNNING", f"{left:.0f} s left of {who}: {ME} wait")
+
+
+# A wave: several ideas on one parent, each a run of its own, then the keeps on top of each other
+
+
+def read_wave():
+    """Return {"ideas": [commit, ...], "jobs": how many at once}, empty if no wave is going."""
+    return read_json(RUNS / "wave.json")
+
+
+def rebase_idea(night, commit):
+    """Return an idea's commit on HEAD, the same one if it is there already; None in a conflict."""
+    parent = git("rev-parse", f"{commit}^")
+    if parent == night.head:
+        return commit
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for name, source in (("ours", night.head), ("base", parent), ("theirs", commit)):
+            paths.append(Path(folder) / name)
+            paths[-1].write_bytes(git_bytes("show", f"{source}:./{CANVAS}"))
+        merge = ["git", "merge-file", "--quiet", "-p", *map(str, paths)]
+        merged = subprocess.run(merge, stdout=subprocess.PIPE)
+        if merged.returncode != 0:
+            return None
+        blob = git("hash-object", "-w", "--stdin", stdin=merged.stdout)
+        env = os.environ | {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+        top = ("-C", git("rev-parse", "--show-toplevel"))
+        git("read-tree", night.head, env=env)
+        git(*top, "update-index", "--cacheinfo", f"100644,{blob},{canvas_path()}", env=env)
+        tree = git("write-tree", env=env)
+    return git("commit-tree", "--no-gpg-sign", "-p", night.head, "-m", subject(commit), tree)
+
+
+def begin_wave(night, call, commits, jobs, parent):
+    """Put ideas on HEAD and write them down as a wave; those that do not apply are named.
+
+    parent: the kept commit that the first round began with.
+    """
+    ideas = []
+    for commit in commits:
+        idea = rebase_idea(night, commit)
+        if idea is None:
+            call.say(f"{commit[:7]} does not apply to {night.head[:7]} and is left out")
+            continue
+        git("update-ref", idea_ref(night.tag, idea), idea)
+        ideas.append(idea)
+    if ideas:
+        wave = {"ideas": ideas, "jobs": jobs, "parent": parent}
+        replace_file(RUNS / "wave.json", json.dumps(wave))
+    else:
+        (RUNS / "wave.json").unlink(missing_ok=True)
+    return ideas
+
+
+def step_wave(night, call, wave):
+    """Do what can be done now for a wave; return the Answer, or None while runs are awaited."""
+    ideas = [idea for idea in wave["ideas"] if not night.rows_of(idea)]
+    if not ideas:
+        beside = [i for i in wave["ideas"] if beat_its_bar(night, i)]
+        if begin_wave(night, call, beside, wave["jobs"], wave["parent"]):
+            call.say(f"{len(beside)} more beat their bars and run again, on {night.kept[:7]}")
+            return step_wave(night, call, read_wave())
+        if night.kept == wave["parent"]:
+            return Answer("DISCARD", "no idea of the wave is kept")
+        return verdict_on(night, night.kept)
+    needs = []
+    decided = {}
+    for idea in ideas:
+        wanted, verdict, trainings = decide(night, idea)
+        needs += [need for need in wanted if need not in needs]
+        if verdict:
+            decided[idea] = (verdict, trainings)
+    needs = without_twins(needs)
+    failed = work_on(night, call, needs, wave["jobs"], patient=True)
+    crashed = [i for i in ideas if i in failed and is_hard(night, failed[i])]
+    if call.going or call.device_busy:
+        return None
+    if len(decided) + len(crashed) < len(ideas):
+        soft = {c: t for c, t in failed.items() if c not in crashed}
+        return failure(night, call, soft) or await_runs(call, "the wave")
+    book_wave(night, call, decided, crashed)
+    return step_wave(night, call, wave)
+
+
+def without_twins(needs):
+    """Leave one need of a commit and seed: the parent runs once for all ideas of a wave."""
+    latest = {}
+    for need in needs:
+        key = need.commit, need.seed
+        latest[key] = max(latest.get(key, need), need, key=lambda n: n.since)
+    return list(latest.values())
+
+
+def beat_its_bar(night, idea):
+    rows = night.rows_of(idea)
+    return bool(rows) and f"{BESIDE}{night.kept[:7]}" in rows[0].description
+
+
+def book_wave(night, call, decided, crashed):
+    """Book a wave's ideas, the best one last: it is kept, and the branch moves to it."""
+    rows = [crash_row(idea, subject(idea)) for idea in crashed]
+    by_gain = sorted(decided, key=lambda idea: decided[idea][0].gain)
+    winners = [idea for idea in by_gain if decided[idea][0].word == "keep"]
+    for idea in by_gain:
+        verdict, trainings = decided[idea]
+        words = subject(idea)
+        if idea in winners[:-1]:
+            verdict = verdict._replace(word="discard")
+            words += f"{BESIDE}{winners[-1][:7]}"
+        if not winners or idea != winners[-1]:
+            rows += idea_rows(night, idea, verdict, trainings, words)
+    if winners:
+        verdict, trainings = decided[winners[-1]]
+        rows += idea_rows(night, winners[-1], verdict, trainings, subject(winners[-1]))
+    night.book(rows)
+    for row in rows:
+        call.say(f"{row.commit} {row.status} {figure(row.value)} {row.description}"[:LINE])
+    if winners:
+        git("merge", "--quiet", "--ff-only", winners[-1])
+        night.head = git("rev-parse", "HEAD")
+
+
+# --- Verbs ----------------------------------------------------------------------------------------
+
+CALL_SECONDS = 540  # after which try and wait answer RUNNING; clients end calls after ten minutes
+IDEA_CHARACTERS = 200
+
+
+def verb_start(options, call):
+    tag = options.tag
+    if git_or_none("check-ref-format", f"refs/heads/autoresearch/{tag}") is None or "/" in tag:
+        raise Refused(f"{tag!r} makes no name of a branch: use letters and digits, such as nov26")
+    branch = f"autoresearch/{tag}"
+    with one_at_a_time():
+        git("rev-parse", "HEAD")  # where there is no repository, git says so
+        begun = git_or_none("rev-parse", "--quiet", "--verify", f"refs/heads/{branch}")
+        here = git_or_none("symbolic-ref", "--quiet", "--short", "HEAD")
+        facts = {
+            "experiments": options.experiments,
+            "until": options.until,
+            "patience": options.patience,
+            "launch": options.launch,
+        }
+        if begun and options.renew:
+            write_facts(branch, f"refs/tags/base/{branch}^0", facts)
+        if not begun:
+            begin_night(branch, facts)
+        elif here != branch:
+            if edited_files():
+                raise Refused(f"{edited_files()[0]} has uncommitted edits: commit or undo them")
+            git("switch", "--quiet", branch)
+    if begun and any((options.experiments, options.until, options.patience)) and not options.renew:
+        call.say(f"{branch} has begun before: its limits stay (--renew: for the person)")
+    call.say(limits_line(Night()))
+    call.may_run = True
+    answer = advance(call)[1]
+    show_failure(call)
+    return answer
+
+
+def begin_night(branch, facts):
+    """Check that a night can begin here; write tag, ledger and branch, in this order."""
+    edited = [n for n in edited_files() if n == CANVAS or n in CONTRACT or n.endswith(".py")]
+    if edited:
+        raise Refused(f"{edited[0]} has uncommitted edits: commit or undo them")
+    if git_or_none("var", "GIT_COMMITTER_IDENT") is None:
+        raise Refused("git needs user.name and user.email: git config user.email you@localhost")
+    if LEDGER.exists() and read_ledger(LEDGER)[0]:
+        raise Refused(f"{LEDGER.name} is of another night: move it away")
+    write_facts(branch, "HEAD", facts)
+    LEDGER.write_text(HEADER + "\n", "utf-8")
+    git("switch", "--quiet", "--create", branch)
+
+
+def write_facts(branch, commit, facts):
+    text = json.dumps(facts).encode()
+    git("tag", "--no-sign", "--force", "-a", "-F", "-", f"base/{branch}", commit, stdin=text)
+
+
+def read_idea(options):
+    """Return the words of an idea, "" if none were given; raise Refused if they have no axis."""
+    if options.file and options.idea:
+        raise Refused("give the idea as words or in a file, not both")
+    text = options.idea or ""
+    if options.file:
+        text = Path(options.file).read_text("utf-8", "replace")
+    elif text == "-":
+        text = sys.stdin.read()
+    text = " ".join(text.split())
+    if text and not re.match(r"[^:]{1,40}:\s*\S", text):
+        raise Refused(f'the idea begins with its axis: {ME} try "optimizer: {text[:40]}"')
+    if len(text) > IDEA_CHARACTERS:
+        raise Refused(f"the idea has {len(text)} characters, at most {IDEA_CHARACTERS} are a line")
+    return text
+
+
+def verb_try(options, call):
+    words = read_idea(options)
+    with one_at_a_time():
+        night = Night()
+        night.check_contract()
+        before = step(night, call)  # settles, and starts nothing: this call may not yet
+        if before is None or before.word == "RUNNING":
+            raise Refused(f"a run is going: {ME} wait")
+        if before.word == "OVER":
+            raise Over(before.text)
+        edited = CANVAS in edited_files()
+        if before.word in ("KEEP", "DISCARD"):
+            call.say(f"the last idea is settled first: {before.word} {before.text}")
+        idea = pending_idea(night)
+        if idea:
+            commit = try_again(night, call, idea, words, edited, before)
+        else:
+            commit = try_new(night, words, edited)
+        git("update-ref", idea_ref(night.tag, commit), commit)
+    call.may_run = True
+    night, answer = advance(call, commit)
+    show_failure(call)
+    if night.head == commit and CANVAS in edited_files():
+        call.say(f"{CANVAS} was edited after its commit; the run is of {commit[:7]} as committed")
+    return answer
+
+
+def pending_idea(night):
+    """Return the idea at HEAD that has no row yet, None if there is none."""
+    idea = night.idea_at_head()
+    return None if idea is None or night.rows_of(idea) else idea
+
+
+def try_new(night, words, edited):
+    """Commit an idea on the last kept commit; return it."""
+    if read_wave() or night.baseline_left:
+        raise Refused(f"the {'wave' if read_wave() else 'baseline'} is not finished: {ME} wait")
+    if not edited:
+        raise Refused(f"{CANVAS} has no edit: edit it first")
+    if not words:
+        raise Refused(f'say what the idea is: {ME} try "axis: idea"')
+    return commit_idea(words)
+
+
+def try_again(night, call, idea, words, edited, before):
+    """Go on with an idea that gave no number: mended, or as it is; or give it up for another."""
+    tried = attempts(night.tag, idea)
+    if before.word == "NEXT" and (not tried or valid_attempts(night, idea)):
+        raise Refused(f"{idea[:7]} waits for its run: {ME} wait")
+    old = subject(idea)
+    if not edited:
+        if words and words != old:
+            raise Refused(f"{CANVAS} has no edit since {idea[:7]}, which gave no number: mend it")
+        call.retry = True
+        return idea
+    if words and words != old and is_hard(night, tried[-1]):
+        night.book([crash_row(idea, old)])
+        call.say(f"{idea[:7]} is booked as a crash: {old}"[:LINE])
+    return commit_idea(words or old, "--amend")
+
+
+class Over(Exception):
+    """The night is over."""
+
+
+def commit_idea(words, *options):
+    """Commit train.py alone, past hooks and keys; return the commit."""
+    quiet = ("--quiet", "--no-verify", "--no-gpg-sign")
+    git("commit", *quiet, *options, "-F", "-", "--", CANVAS, stdin=words.encode())
+    return git("rev-parse", "HEAD")
+
+
+def verb_wait(options, call):
+    call.may_run = True
+    with one_at_a_time():
+        about = pending_idea(Night())
+    answer = advance(call, about)[1]
+    show_failure(call)
+    return answer
+
+
+def show_failure(call):
+    """Say how the log of the run ends that the answer calls a crash."""
+    if call.failed and call.failed.result.get("word") == "crash":
+        show_end_of_log(call, call.failed, lines=6)
+
+
+def show_end_of_log(call, training, lines):
+    """Say how a run's log ends; what stands in it is data, and nobody's orders."""
+    path = training.folder / "run.log"
+    if path.exists():
+        shown = [line for line in read_log(path).split("\n") if line.strip()]
+        for line in shown[-lines:]:
+            call.say(f"| {line[:100]}")
+
+
+def verb_drop(options, call):
+    why = " ".join(options.why.split())
+    if not why:
+        raise Refused(f'say why: {ME} drop "too much code for its gain"')
+    with one_at_a_time():
+        night = Night()
+        night.check_contract()
+        if step(night, call) is None:
+            raise Refused(f"a run is going: {ME} wait")
+        if read_wave():
+            raise Refused(f"a wave is not finished: {ME} wait")
+        idea = pending_idea(night)
+        if idea:
+            return drop_pending(night, call, idea, why)
+        if CANVAS in edited_files():
+            set_edit_aside(night.head, call)
+            return Answer("DISCARD", f"{CANVAS} is as committed again, and nothing is booked")
+        return drop_kept(night, call, why)
+
+
+def drop_pending(night, call, idea, why):
+    """Book an idea that has no verdict, as far as it has run, and put it back."""
+    words = f"{subject(idea)}; dropped: {why}"
+    ours = valid_attempts(night, idea)
+    tried = [t for t in attempts(night.tag, idea) if is_hard(night, t)]
+    if ours:
+        night.book([row_of(training, "discard", words) for training in ours])
+    elif tried:
+        night.book([crash_row(idea, words)])
+    put_back(night, call)
+    return verdict_on(night, idea)
+
+
+def drop_kept(night, call, why):
+    """Turn the last keep into a discard, if nothing came after it."""
+    last = night.experiments[-1] if night.experiments else None
+    if not last or last.status != "keep" or last.commit != night.kept[:7]:
+        raise Refused("there is nothing to drop: no idea is pending, and the last one is not kept")
+    commit = night.kept
+    if night.head != commit:
+        raise Refused(f"HEAD is not the kept {last.commit}: git switch to it")
+    lines = []
+    for line in LEDGER.read_text("utf-8").splitlines(keepends=True):
+        if line.startswith(last.commit):
+            row = parse_row(line)
+            words = f"{row.description}; dropped: {why}"
+            line = format_row(row._replace(status="discard", description=words))
+        lines.append(line)
+    replace_file(LEDGER, "".join(lines))
+    night.load_ledger()
+    put_back(night, call)
+    return verdict_on(night, commit)
+
+
+def verb_look(options, call):
+    night, answer = advance(call)
+    lines = look_lines(night)
+    call.lines = call.lines[-2:] + night.notes[:1] + lines
+    return answer
+
+
+def limits_line(night):
+    """Return what the night may still do."""
+    parts = []
+    if night.facts["experiments"]:
+        parts.append(f"{len(night.experiments)} of {night.facts['experiments']} experiments")
+    else:
+        parts.append(f"{len(night.experiments)} experiments, no limit")
+    if night.facts["until"]:
+        left = max(0, night.facts["until"] - time.time())
+        hours = f"{left // 3600:.0f} h {left % 3600 // 60:.0f} min left"
+        parts.append(f"until {show_time(night.facts['until'])}, {hours}")
+    if night.facts["patience"]:
+        parts.append(f"nothing kept in {night.fruitless()} of {night.facts['patience']}")
+    return f"{night.tag}: {'; '.join(parts)}"
+
+
+def look_lines(night):
+    """Return what a session that knows nothing has to know: at most 13 lines."""
+    lines = [limits_line(night)]
+    base = [row.run for row in night.rows if row.commit == night.base[:7]]
+    if not base:
+        return lines
+    kept = [e for e in night.experiments if e.status == "keep"]
+    now = mean_value([row.run for row in night.rows_of(night.kept)])
+    lines.append(
+        f"{METRIC} {figure(mean_value(base))} at first, {figure(now)} at {night.kept[:7]}; "
+        f"{len(kept)} kept; noise {figure(night.noise, 3)}"
+    )
+    for experiment in sorted(kept, key=lambda e: -e.gain)[:3]:
+        lines.append(f"kept {experiment.commit} +{figure(experiment.gain, 3)} {experiment.idea}")
+    lines += axis_lines(night)
+    for experiment in near_misses(night)[:2]:
+        count = len(experiment.runs)
+        error = night.noise * math.sqrt(2 / count)
+        needed = figure(error * (HIGH if count == 1 else BAR), 3)
+        gain = figure(experiment.gain, 3)
+        lines.append(f"near {experiment.commit} +{gain} of {needed} {experiment.idea}")
+    for row in night.rows[-2:]:
+        lines.append("row  " + format_row(row).strip().replace("\t", " "))
+    lines = lines[:2] + [shorten(line) for line in lines[2:]]
+    others = [name for name in edited_files() if name != CANVAS]
+    if others:
+        lines.append(shorten(f"edited and left alone: {', '.join(others)}"))
+    return lines
+
+
+def shorten(line, most=90):
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
+def near_misses(night):
+    """Return the discarded ideas that gained something, the largest gain first."""
+    found = [e for e in night.experiments if e.status == "discard" and e.gain > 0]
+    found = [e for e in found if not e.idea.endswith(NO_EFFECT)]
+    return sorted(found, key=lambda e: -e.gain)
+
+
+def axis_lines(night, most=4):
+    """Return a line an axis: tries, keeps, best gain, cold or closed; the latest axes first."""
+    by_axis = {}
+    for experiment in night.experiments:
+        axis = axis_of(experiment.idea)
+        by_axis[axis] = [*by_axis.pop(axis, ()), experiment]  # the latest axis comes last
+    lines = []
+    for axis, tried in reversed(by_axis.items()):
+        keeps = sum(e.status == "keep" for e in tried)
+        gains = [e.gain for e in tried if e.runs]
+        best = f"best gain {figure(max(gains), 3)}" if gains else "no gain measured"
+        state = ""
+        if len(tried) < COLD_TRIES:
+            state = ", cold"
+        elif len(tried) >= CLOSED_TRIES and all(e.status != "keep" for e in tried[-CLOSED_TRIES:]):
+            state = ", closed"
+        lines.append(f"axis {axis}: {len(tried)} tried, {keeps} kept, {best}{state}")
+    if len(lines) > most:
+        rest = list(reversed(by_axis))[most - 1 :]
+        lines = [*lines[: most - 1], f"axes before: {', '.join(rest)}"]
+    return lines
+
+
+def verb_show(options, call):
+    with one_at_a_time():
+        night = Night()
+        commit = full_commit(night.tag, options.commit)
+    call.say(f"{commit[:7]} {subject(commit)}")
+    found = [e for e in night.experiments if e.commit == commit[:7]]
+    diff = git("diff", f"{commit}^", commit, "--", CANVAS).splitlines()[4:]
+    room = max(options.lines - 12, 4)
+    for line in diff[:room]:
+        call.say(line[:LINE])
+    if len(diff) > room:
+        call.say(f"... {len(diff) - room} more lines: {ME} show --lines N {commit[:7]}")
+    for training in attempts(night.tag, commit)[-1:]:
+        show_end_of_log(call, training, lines=8)
+    if found:
+        return verdict_on(night, commit)
+    return Answer("NEXT", f"{commit[:7]} has no row; {ME} look")
+
+
+def verb_stop(options, call):
+    for folder in [path.parent for path in RUNS.glob("*/job.json")]:
+        asked = False
+        while is_going(folder):
+            runner = (folder / "alive").read_text()  # empty until the runner is up
+            if runner and not asked:
+                os.kill(int(runner), signal.SIGTERM)
+                asked = True
+                call.say(f"stopped {folder.name}")
+            time.sleep(POLL_SECONDS[0])
+    if options.night:
+        with one_at_a_time():
+            night = Night()
+            facts = night.facts | {"until": int(time.time())}
+            write_facts(f"autoresearch/{night.tag}", night.base, facts)
+        return Answer("OVER", "the night is over; nothing was booked")
+    return Answer("NEXT", f"nothing was booked: {ME} wait runs it again, {ME} drop gives it up")
+
+
+def verb_wave(options, call):
+    with one_at_a_time():
+        night = Night()
+        night.check_contract()
+        if step(night, call) is None:
+            raise Refused(f"a run is going: {ME} wait")
+        if read_wave() or night.baseline_left or night.idea_at_head():
+            raise Refused(f"finish what is pending first: {ME} wait")
+        if night.over():
+            raise Over(night.over())
+        if CANVAS in edited_files():
+            raise Refused(f"{CANVAS} has uncommitted edits: commit or undo them")
+        commits = []
+        for name in options.commits:
+            commit = full_commit(night.tag, name)
+            files = git("diff", "--name-only", "--relative", f"{commit}^", commit).split()
+            if files != [CANVAS]:
+                raise Refused(f"{name} is no idea: it changes {', '.join(files) or 'nothing'}")
+            if commit not in commits:
+                commits.append(commit)
+        jobs = options.jobs or (len(commits) if night.facts["launch"] else 1)
+        ideas = begin_wave(night, call, commits, jobs, night.kept)
+        for idea in [i for i in ideas if night.rows_of(i)]:
+            call.say(f"{idea[:7]} has its row already")
+    call.may_run = True
+    return advance(call)[1]
+
+
+def verb_final(options, call):
+    with one_at_a_time():
+        night = Night()
+        night.check_contract()
+        if not night.over():
+            raise Refused(f"the night goes on: end it first with {ME} stop --night")
+        if night.kept == night.base:
+            raise Refused("nothing was kept, so there is nothing to compare with the base")
+    while True:
+        missing = []
+        with one_at_a_time():
+            values = {}
+            for seed in SEEDS:
+                for commit in (night.base, night.kept):
+                    tried = attempts(night.tag, commit, "test")
+                    tried = [t for t in tried if t.job["seed"] == seed]
+                    done = [t for t in tried if t.result.get("word") == "valid"]
+                    going = [t for t in tried if is_going(t.folder)]
+                    failed = [t for t in tried if t.folder.name in call.watched and t.result]
+                    if done:
+                        values[commit, seed] = done[-1].value
+                    elif failed:
+                        return Answer(
+                            "CRASH", f"{failed[-1].folder.name}: {failed[-1].result['why']}"
+                        )
+                    else:
+                        missing.append((commit, seed))
+                        call.going += going
+            if missing and not call.going:
+                folder = start_run(night, *missing[0], split="test", foreground=call.foreground)
+                if folder:
+                    call.watched.add(folder.name)
+                    call.going = [Training(folder, read_json(folder / "job.json"), {})]
+        if not missing:
+            break
+        wait_for(call, POLL_SECONDS[1])
+        if time.monotonic() >= call.deadline and call.going:
+            return running(night, call)
+        call.going = []
+    return final_table(night, call, values)
+
+
+def final_table(night, call, values):
+    """Say what base and winner score on the test shard, seed by seed."""
+    gains = []
+    for seed in SEEDS:
+        base, winner = values[night.base, seed], values[night.kept, seed]
+        gains.append(gain_of(base, winner))
+        call.say(f"seed {seed}: base {figure(base)}, {night.kept[:7]} {figure(winner)}")
+    spread = statistics.stdev(gains)
+    text = f"test gain {figure(statistics.fmean(gains), 3)}, deviation {figure(spread, 3)}"
+    return Answer("OVER", f"{text} over {len(SEEDS)} seeds; it is in no ledger")
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+STATUS = {
+    "KEEP": 0,
+    "NEXT": 0,
+    "REFUSED": 2,
+    "DISCARD": 3,
+    "CRASH": 4,
+    "BUSY": 5,
+    "RUNNING": 6,
+    "OVER": 7,
+}
+MAX_LINES = 15
+EPILOG = """The last line of every answer begins with one word, which sets the exit status:
+  0 KEEP      the idea is kept
+  0 NEXT      nothing is pending; what to do next
+  2 REFUSED   nothing was done; why, and what to run
+  3 DISCARD   the idea is booked and put back
+  4 CRASH     the run failed: mend train.py and try again, or drop the idea
+  5 BUSY      the run was disturbed or the device is in use; nothing is booked; wait
+  6 RUNNING   the run goes on; wait
+  7 OVER      a limit of the night is reached"""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line."""
+
+    def error(self, message):
+        raise Refused(f"{message}; see {ME} --help")
+
+
+def positive(text):
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def moment(text):
+    """Return the time that HH:MM or a date with HH:MM means, in seconds of the epoch."""
+    now = datetime.now()
+    for pattern in ("%H:%M", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M"):
+        try:
+            end = datetime.strptime(text, pattern)
+        except ValueError:
+            continue
+        if pattern == "%H:%M":
+            end = now.replace(hour=end.hour, minute=end.minute, second=0, microsecond=0)
+            if end <= now:
+                end += timedelta(days=1)
+        if end <= now:
+            raise argparse.ArgumentTypeError(f"{text!r} has passed; it is {now:%Y-%m-%d %H:%M}")
+        return int(end.timestamp())
+    raise argparse.ArgumentTypeError(f"{text!r} is neither HH:MM nor 'YYYY-MM-DD HH:MM'")
+
+
+def make_parser():
+    parser = Parser(
+        prog="ratchet.py",
+        description="Run a night of experiments: train, judge, book, keep or put back.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+
+    def add(name, help_text, runs=False):
+        verb = verbs.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+        if runs:
+            verb.add_argument("--foreground", action="store_true", help="train as a child process")
+            verb.add_argument("--seconds", type=float, help="answer RUNNING after so many")
+        return verb
+
+    start = add("start", "begin a night, or go on with one; run the baseline", runs=True)
+    start.add_argument("tag", help="the night's name, such as nov26")
+    start.add_argument("--experiments", type=positive, metavar="N", help="end after N ideas")
+    start.add_argument("--until", type=moment, metavar="HH:MM", help="end at this local time")
+    start.add_argument(
+        "--patience", type=positive, metavar="N", help="end after N ideas in a row without a keep"
+    )
+    start.add_argument(
+        "--launch",
+        default="",
+        metavar="COMMAND",
+        help="what goes in front of each training; {slot} is the number of a device, from 0",
+    )
+    start.add_argument("--renew", action="store_true", help="replace the limits of a night")
+    attempt = add("try", "commit train.py, train, judge, keep or put back", runs=True)
+    attempt.add_argument("idea", nargs="?", help='"axis: idea", one line; - reads it from stdin')
+    attempt.add_argument("--file", help="a file that holds the idea")
+    add("wait", "go on with what is running or was cut off", runs=True)
+    drop = add("drop", "give up a crash, or take back a keep that is ugly for its gain")
+    drop.add_argument("why")
+    add("look", "limits, kept ideas, axes, near misses, last rows, the next command")
+    show = add("show", "the diff of anything that was tried, and the end of its log")
+    show.add_argument("commit")
+    show.add_argument("--lines", type=positive, default=60, help="at most so many (60)")
+    stop = add("stop", "for the person: end the run that is going and book nothing")
+    stop.add_argument("--night", action="store_true", help="end the night, too")
+    wave = add("wave", "for the person: several ideas at once; the keeps are combined", runs=True)
+    wave.add_argument("commits", nargs="+", metavar="COMMIT")
+    wave.add_argument("--jobs", type=positive, metavar="N", help="trainings at once")
+    add("final", "for the person: base and winner on the test shard, three seeds each", runs=True)
+    return parser
+
+
+def main():
+    words = sys.argv[1:]
+    if words[:1] == ["_run"]:  # the runner that start_run starts; not for people
+        folder = Path(words[1])
+        (folder / "alive").write_text(str(os.getpid()))
+        run_training(folder, [int(fd) for fd in words[3:]])
+        return 0
+    call = Call()
+    most = MAX_LINES
+    try:
+        options = make_parser().parse_args(words)
+        if hasattr(options, "seconds"):
+            unlimited = options.foreground or options.verb in ("wave", "final")
+            default = math.inf if unlimited else CALL_SECONDS
+            seconds = default if options.seconds is None else options.seconds
+            call = Call(foreground=options.foreground, seconds=seconds)
+        if options.verb == "show":
+            most = options.lines
+        answer = globals()[f"verb_{options.verb}"](options, call)
+    except Refused as error:
+        answer = Answer("REFUSED", str(error))
+    except Over as error:
+        answer = Answer("OVER", str(error))
+    except OSError as error:
+        answer = Answer("REFUSED", f"{error.filename or 'ratchet.py'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        answer = Answer("RUNNING", f"what was started goes on: {ME} wait, or {ME} stop")
+    for line in call.lines[-(most - 1) :]:
+        print(line)
+    print(answer.word, " ".join(answer.text.split()))
+    return STATUS[answer.word]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

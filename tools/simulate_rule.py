@@ -1,281 +1,382 @@
-"""Simulate program.md's rule of keeping; print the tables that the README quotes.
+"""Simulate the rule of ratchet.py on nights of made-up ideas; print the tables of docs/rule.md.
 
-    uv run python tools/simulate_rule.py                   # by hand, about a minute
-    uv run python tools/simulate_rule.py --nights 200 --set HIGH=2.5 STALE=inf
-    uv run python tools/simulate_rule.py --nights 200 --wave 2 8 16  # K runs at once
+    uv run python tools/simulate_rule.py                     # by hand, about ten minutes
+    uv run python tools/simulate_rule.py --nights 100 --set HIGH=2.5 PARENT_AGE_MINUTES=inf
+    uv run python tools/simulate_rule.py --nights 200 --wave 2 8 16  # so many runs at once
 
-The unit is the noise of one run. A night is RUNS runs. Of its ideas a share is good, and gains an
-exponential amount; the rest loses one. All rules get the same ideas and the same luck.
-Not modelled: crashes, ideas that build on each other, an agent that learns from the ledger.
+The unit is the noise of one run on a steady machine. A night is RUNS runs. Of its ideas a share is
+good and gains an exponential amount; the rest loses one. All rules get the same ideas and the same
+luck, so that their difference is known better than either. What is not modelled: crashes, ideas
+that build on each other, an agent that learns from the ledger.
 """
 
 import argparse
 import math
-import re
+import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-HARD_LIMIT = int(re.search(r"^HARD_LIMIT = (\d+)", (ROOT / "prepare.py").read_text(), re.M)[1])
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-RUNS = 100  # a night's, baselines included
+import ratchet
+from ratchet import Run, judge, noise_of
+
+RUNS = 100  # of a night, baselines included
 RUN_SECONDS = 375  # what a run takes, with compiling and evaluation
+HOUR = 10  # runs in an hour
+SEEDS = (42, 43, 44)
 LOSS = 3.0  # mean loss of a bad idea
 MIXES = ((0.2, 0.5), (0.2, 2.0), (0.1, 1.0))  # share of good ideas, their mean gain
-# stationary standard deviation of the machine's drift, runs in which it forgets, share of the
-# variance of one run that its seed fixes for all commits alike
-MACHINES = {
-    "steady": (0.0, 1, 0.0),
-    "drifts slowly": (1.0, 30, 0.0),
-    "drifts by one noise a run": (5.0, 50, 0.0),  # 5 * sqrt(2 / 50) = 1
-    "steady, 40 % is the seed": (0.0, 1, 0.4),
-}
-ENOUGH = 200  # repeated ideas after which the noise in waves is known
 SIMPLE = (0.3, 0.3)  # share of ideas that simplify, standard deviation of what they gain
+ENOUGH = 200  # commits with repeats, the latest ones, that a wave's noise is reckoned from
 
 
-@dataclass
-class Night:
-    """Hold one night's luck; a gain is positive, in the unit of val_bpb it is subtracted."""
+class Rule(NamedTuple):
+    """A rule to compare: ratchet.py's own but for some constants."""
+
+    constants: dict
+    noise_is_known: bool = False  # judges by the true noise of the slot, which no estimate can know
+
+
+OLD_BARS = {"LOW": 0.2, "HIGH": 1.25, "BAR": 0.7, "SIMPLER": -0.5}
+ALIKE = {"HALF_LIFE": math.inf}  # the pooled noise of all repeats
+ORIGINAL = "any decrease"  # keep whatever is below the best run so far
+BEFORE = "old bars, all repeats alike"  # the rule before: docs/rule.md says why it changed
+RULES = {
+    ORIGINAL: None,
+    BEFORE: Rule(OLD_BARS | ALIKE),
+    "old bars": Rule(OLD_BARS),
+    "old bars, true noise known": Rule(OLD_BARS, noise_is_known=True),
+    "this rule": Rule({}),
+    "this rule, all repeats alike": Rule(ALIKE),
+    "this rule, true noise known": Rule({}, noise_is_known=True),
+    "this rule, parent never again": Rule({"PARENT_AGE_MINUTES": math.inf}),
+}
+CONSTANTS = [
+    "LOW",
+    "HIGH",
+    "BAR",
+    "SIMPLER",
+    "LAST_RUNS",
+    "HALF_LIFE",
+    "PARENT_AGE_MINUTES",
+    "ANY_DECREASE",
+]
+
+
+# --- Nights ---------------------------------------------------------------------------------------
+
+
+def steady_noise(rng, num_nights):
+    """Return the standard deviation of each run's luck, (num_nights, RUNS): always one."""
+    return np.ones((num_nights, RUNS))
+
+
+def falling_noise(rng, num_nights):
+    """Return a noise that falls evenly, in logarithm, from one to a third."""
+    return np.tile(np.geomspace(1, 1 / 3, RUNS), (num_nights, 1))
+
+
+def high_falling_noise(rng, num_nights):
+    """Return a noise that falls evenly, in logarithm, from three to one."""
+    return 3 * falling_noise(rng, num_nights)
+
+
+def noisy_hour(rng, num_nights):
+    """Return a noise of one but for an hour of three, which begins anywhere in the night."""
+    begin = rng.integers(RUNS - HOUR, size=(num_nights, 1))
+    slot = np.arange(RUNS)
+    return np.where((begin <= slot) & (slot < begin + HOUR), 3.0, 1.0)
+
+
+def noisy_first_hour(rng, num_nights):
+    """Return a noise of three for the first hour, then one."""
+    return np.tile(np.where(np.arange(RUNS) < HOUR, 3.0, 1.0), (num_nights, 1))
+
+
+class Machine(NamedTuple):
+    """How the number of one commit varies from run to run."""
+
+    drift: float = 0.0  # stationary standard deviation of the machine's drift
+    memory: int = 1  # runs in which the machine forgets where it was
+    seed_share: float = 0.0  # of the variance of one run: what its seed does to all commits alike
+    noise: callable = steady_noise
+
+
+STEADY = "steady"
+OLD_MACHINES = {
+    STEADY: Machine(),
+    "drifts slowly": Machine(drift=1.0, memory=30),
+    "drifts by one noise a run": Machine(drift=5.0, memory=50),  # 5 * sqrt(2 / 50) = 1
+    "steady, 40 % is the seed": Machine(seed_share=0.4),
+}
+NEW_MACHINES = {
+    "noise falls from 1 to 1/3": Machine(noise=falling_noise),
+    "noise falls from 3 to 1": Machine(noise=high_falling_noise),
+    "an hour of noise 3": Machine(noise=noisy_hour),
+    "first hour of noise 3": Machine(noise=noisy_first_hour),
+}
+MACHINES = OLD_MACHINES | NEW_MACHINES
+
+
+class Night(NamedTuple):
+    """One night's ideas and luck; a gain is positive, and is subtracted from the number."""
 
     gains: list  # (RUNS,) true gain of each idea on its parent
     simpler: list  # (RUNS,) whether the idea takes out code
-    luck: list  # (RUNS, 2) an idea's own runs
-    parent_luck: list  # (RUNS,) by slot: whatever else runs then
+    luck: list  # (RUNS, 2) of an idea's own two runs, before the noise of their slots
+    parent_luck: list  # (RUNS,) by slot, of whatever else runs then
+    noise: list  # (RUNS,) by slot
     drift: list  # (RUNS,) by slot
-    seeds: dict  # effect of a seed on all commits
+    seeds: list  # (3,) what a seed does to all commits, in noises
 
-    def again(self, gain, seed, slot):
-        """Return val_bpb of a run of a commit that is `gain` better than the base."""
-        return self.parent_luck[slot] + self.seeds[seed] + self.drift[slot] - gain
+    def run_of_idea(self, idea, gain, seed, slot):
+        """Return the run of an idea that is `gain` better than the base."""
+        luck = self.luck[idea][SEEDS.index(seed)]
+        return Run(f"idea {idea}", seed, self._value(gain, seed, slot, luck))
 
-    def first(self, idea, gain, seed, slot):
-        """Return val_bpb of the run of an idea with seed 42 or 43."""
-        return self.luck[idea][seed - 42] + self.seeds[seed] + self.drift[slot] - gain
+    def run_of_parent(self, commit, gain, seed, slot):
+        """Return a run of a commit that is `gain` better than the base, as baseline or again."""
+        return Run(commit, seed, self._value(gain, seed, slot, self.parent_luck[slot]))
+
+    def _value(self, gain, seed, slot, luck):
+        variation = luck + self.seeds[SEEDS.index(seed)]
+        return self.noise[slot] * variation + self.drift[slot] - gain
 
 
 def make_nights(num_nights, mix, machine, share_simple=0.0, seed=1):
     """Return num_nights nights; the same seed gives the same ideas on every machine."""
-    share, gain = mix
-    spread, memory, seed_share = machine
+    share_good, mean_gain = mix
     shape = (num_nights, RUNS)
     rng = np.random.default_rng(seed)
-    good = rng.random(shape) < share
-    gains = np.where(good, rng.exponential(gain, shape), -rng.exponential(LOSS, shape))
+    good = rng.random(shape) < share_good
+    gains = np.where(good, rng.exponential(mean_gain, shape), -rng.exponential(LOSS, shape))
     simpler = rng.random(shape) < share_simple
     gains = np.where(simpler, rng.normal(0, SIMPLE[1], shape), gains)
-    luck = rng.normal(0, (1 - seed_share) ** 0.5, (*shape, 2))
-    parent_luck = rng.normal(0, (1 - seed_share) ** 0.5, shape)
-    seeds = rng.normal(0, seed_share**0.5, (num_nights, 3))
-    drift = rng.normal(0, spread, shape)
-    keep = math.exp(-1 / memory)
+    own_share = (1 - machine.seed_share) ** 0.5
+    luck = rng.normal(0, own_share, (*shape, 2))
+    parent_luck = rng.normal(0, own_share, shape)
+    seeds = rng.normal(0, machine.seed_share**0.5, (num_nights, len(SEEDS)))
+    drift = rng.normal(0, machine.drift, shape)
+    keep = math.exp(-1 / machine.memory)
     for slot in range(1, RUNS):
         drift[:, slot] = keep * drift[:, slot - 1] + (1 - keep**2) ** 0.5 * drift[:, slot]
-    columns = (a.tolist() for a in (gains, simpler, luck, parent_luck, drift, seeds))
-    return [
-        Night(*rest, dict(zip((42, 43, 44), effects, strict=True)))
-        for *rest, effects in zip(*columns, strict=True)
-    ]
+    noise = machine.noise(rng, num_nights)
+    columns = (gains, simpler, luck, parent_luck, noise, drift, seeds)
+    return [Night(*night) for night in zip(*(c.tolist() for c in columns), strict=True)]
 
 
+# --- Rules ----------------------------------------------------------------------------------------
 # A rule plays a night: it returns the true gain of the last kept commit on the base, and the keeps
 # as (true gain on the parent, whether it simplifies).
 
 
 def play_any_decrease(night):
     """Keep whatever runs below the best run so far: the original, with its one baseline."""
-    true, keeps = 0.0, []
-    best = night.again(0.0, 42, 0)
+    true_gain = 0.0
+    keeps = []
+    best = night.run_of_parent("base", 0.0, 42, 0).value
     for idea, slot in enumerate(range(1, RUNS)):
-        value = night.first(idea, true + night.gains[idea], 42, slot)
+        value = night.run_of_idea(idea, true_gain + night.gains[idea], 42, slot).value
         if value < best:
             best = value
-            true += night.gains[idea]
+            true_gain += night.gains[idea]
             keeps.append((night.gains[idea], night.simpler[idea]))
-    return true, keeps
+    return true_gain, keeps
 
 
-def play_floor(night):
-    """Keep above the range of three baselines, repeat above half of it: program.md before."""
-    true, keeps = 0.0, []
-    baselines = [night.again(0.0, seed, slot) for slot, seed in enumerate((42, 43, 44))]
-    floor = max(baselines) - min(baselines)
-    best = (baselines[0] + baselines[1]) / 2
-    slot = 3
-    for idea in range(RUNS):
-        if slot == RUNS:
-            break  # a night that ends within an idea leaves it without a verdict
-        gain = true + night.gains[idea]
-        value = night.first(idea, gain, 42, slot)
-        slot += 1
-        keep = best - value > floor * (-0.5 if night.simpler[idea] else 1)
-        if not keep and best - value > floor / 2 and slot < RUNS:
-            value = (value + night.first(idea, gain, 43, slot)) / 2
-            slot += 1
-            keep = best - value > 0.7 * floor
-        if keep:
-            best = min(best, value)
-            true = gain
-            keeps.append((night.gains[idea], night.simpler[idea]))
-    return true, keeps
+def play_rule(night, noise_is_known=False):
+    """Keep by ratchet.py's rule; what is not clear is run once more, parent first.
 
-
-def play_rule(night, rule):
-    """Judge by program.md's own functions; what is not clear is run once more, parent first.
-
-    A parent that is not among the last STALE runs goes again before the next idea.
+    A parent that ran too long ago goes again before the next idea.
     """
-    judge, pooled_noise, stale = rule["judge"], rule["pooled_noise"], rule["STALE"]
-    true, keeps = 0.0, []
-    parent = [(seed, night.again(0.0, seed, slot)) for slot, seed in enumerate((42, 43, 44))]
-    settled = {}  # commits that have run twice or more; the others tell nothing of the noise
-    slot, last = 3, 2
+    max_age = ratchet.PARENT_AGE_MINUTES * 60 / RUN_SECONDS  # in runs
+    commit = "base"
+    true_gain = 0.0
+    keeps = []
+    parent = [night.run_of_parent(commit, 0.0, seed, slot) for slot, seed in enumerate(SEEDS)]
+    history = list(parent)  # in order of time, without what ran once and was put back
+    estimate = noise_of(history)
+    slot = len(parent)
+    parent_slot = slot - 1  # the last one in which the parent ran
 
-    def noise(*repeated):
-        groups = {name: [bpb for _, bpb in runs] for name, runs in enumerate(repeated)}
-        return pooled_noise({**settled, **groups})
+    def noise():
+        return night.noise[slot - 1] if noise_is_known else estimate
 
     for idea in range(RUNS):
-        if slot - last > stale and slot < RUNS:
-            parent.append((42, night.again(true, 42, slot)))
-            last = slot
+        if slot - parent_slot > max_age and slot < RUNS:
+            parent.append(night.run_of_parent(commit, true_gain, 42, slot))
+            history.append(parent[-1])
+            estimate = noise_of(history)
+            parent_slot = slot
             slot += 1
         if slot == RUNS:
             break
-        gain, simpler = true + night.gains[idea], night.simpler[idea]
-        runs = [(42, night.first(idea, gain, 42, slot))]
+        gain = true_gain + night.gains[idea]
+        simpler = night.simpler[idea]
+        runs = [night.run_of_idea(idea, gain, 42, slot)]
+        idea_slot = slot
         slot += 1
-        verdict, *_ = judge(runs, parent, noise(parent), simpler)
-        if verdict == "repeat":
+        verdict = judge(runs, parent, noise(), simpler)
+        if verdict.word == "repeat":
             if slot > RUNS - 2:
-                break
-            parent.append((43, night.again(true, 43, slot)))
-            runs.append((43, night.first(idea, gain, 43, slot + 1)))
-            last, slot = slot, slot + 2
-            verdict, *_ = judge(runs, parent, noise(parent, runs), simpler)
-        done = parent if verdict == "keep" else runs
-        if len(done) > 1:
-            settled[f"idea {idea}"] = [bpb for _, bpb in done]
-        if verdict == "keep":
-            parent, true, last = runs, gain, slot - 1
+                break  # a night that ends within an idea leaves it without a verdict
+            parent.append(night.run_of_parent(commit, true_gain, 43, slot))
+            runs.append(night.run_of_idea(idea, gain, 43, slot + 1))
+            history += [runs[0], parent[-1], runs[1]]
+            estimate = noise_of(history)
+            parent_slot = slot
+            idea_slot = slot + 1
+            slot += 2
+            verdict = judge(runs, parent, noise(), simpler)
+        elif verdict.word == "keep":
+            history.append(runs[0])
+        if verdict.word == "keep":
+            commit = runs[0].commit
+            true_gain = gain
+            parent = runs
+            parent_slot = idea_slot
             keeps.append((night.gains[idea], simpler))
-    return true, keeps
+    return true_gain, keeps
 
 
-def play_waves(rng, lanes, num_slots, mix, machine, rule):
+def play(rule_name, mix, machine_name, share_simple, num_nights, constants):
+    """Return true gains (num_nights,), and the keeps of each night."""
+    nights = make_nights(num_nights, mix, MACHINES[machine_name], share_simple)
+    if rule_name == ORIGINAL:
+        results = [play_any_decrease(night) for night in nights]
+    else:
+        rule = RULES[rule_name]
+        with patch.dict(vars(ratchet), constants | rule.constants):
+            results = [play_rule(night, rule.noise_is_known) for night in nights]
+    true_gains, keeps = zip(*results, strict=True)
+    return np.array(true_gains), keeps
+
+
+# --- Waves ----------------------------------------------------------------------------------------
+
+
+def play_waves(rng, lanes, num_slots, mix, machine):
     """Return the true gain of a night of waves: `lanes` runs at once, num_slots times.
 
     All ideas of a wave are one step from the same parent, which goes again before them, in every
-    lane, when it is stale. The best idea is judged; if it is kept, what else would have been kept
-    is tried on top of it in the next wave. Every lane is a machine that drifts by itself.
+    lane, when its last run is too old. The best idea is judged; if it is kept, what else would have
+    been kept is tried on top of it in the next wave. Every lane is a machine that drifts by itself.
     """
-    judge, pooled_noise, stale = rule["judge"], rule["pooled_noise"], rule["STALE"]
-    (share, mean_gain), (spread, memory, _) = mix, machine
-    drift, keep, slots = rng.normal(0, spread, lanes), math.exp(-1 / memory), 0
+    share_good, mean_gain = mix
+    max_age = ratchet.PARENT_AGE_MINUTES * 60 / RUN_SECONDS  # in rows of the ledger
+    keep = math.exp(-1 / machine.memory)
+    drift = rng.normal(0, machine.drift, lanes)
+    slots = 0
+    num_commits = 0
 
-    def run(seed, gains):
-        """Return runs of these gains, as many at once as there are lanes."""
+    def new_commits(gains):
+        """Return (name, gain) of new commits that are so much better than the base."""
+        nonlocal num_commits
+        num_commits += len(gains)
+        return [(num_commits - i, gain) for i, gain in enumerate(gains)]
+
+    def run(seed, commits):
+        """Return a run of each commit, as many at once as there are lanes."""
         nonlocal drift, slots
         done = []
-        for i, gain in enumerate(gains):
-            if i % lanes == 0:
+        for i, (name, gain) in enumerate(commits):
+            lane = i % lanes
+            if lane == 0:
                 slots += 1
-                drift = keep * drift + rng.normal(0, spread * (1 - keep**2) ** 0.5, lanes)
-            done.append((seed, rng.normal() + drift[i % lanes] - gain))
+                drift = keep * drift + rng.normal(0, machine.drift * (1 - keep**2) ** 0.5, lanes)
+            done.append(Run(name, seed, rng.normal() + drift[lane] - gain))
         return done
 
-    parent = [run(seed, [0.0])[0] for seed in (42, 43, 44)]
-    true, settled, waiting, age = 0.0, [], [], 1  # age: rows since the parent's last one
+    def noise(*groups):
+        return noise_of([run for group in [*repeated, *groups] for run in group])
+
+    (base,) = new_commits([0.0])
+    parent_commit = base
+    parent = [run(seed, [base])[0] for seed in SEEDS]
+    repeated = []  # the runs of each commit that ran twice or more, but for the parent
+    waiting = []  # gains of ideas that would have been kept, too
+    age = 1  # rows since the parent's last one
     while slots < num_slots:
-        if age > stale:
-            parent += run(42, [true] * lanes)
+        if age > max_age:
+            parent += run(42, [parent_commit] * lanes)
             age = 1 - lanes
-        ideas, waiting = waiting[:lanes], waiting[lanes:]
-        while len(ideas) < lanes:
-            good = rng.random() < share
-            ideas.append(rng.exponential(mean_gain) if good else -rng.exponential(LOSS))
-        results = [[first] for first in run(42, [true + gain for gain in ideas])]
+        steps = waiting[:lanes]
+        waiting = waiting[lanes:]
+        while len(steps) < lanes:
+            good = rng.random() < share_good
+            steps.append(rng.exponential(mean_gain) if good else -rng.exponential(LOSS))
+        ideas = new_commits([parent_commit[1] + step for step in steps])
+        results = [[first] for first in run(42, ideas)]
         age += lanes
-        noise = pooled_noise(dict(enumerate([*settled, [bpb for _, bpb in parent]])))
-        verdicts = [judge(result, parent, noise) for result in results]
-        best = max(range(lanes), key=lambda i: verdicts[i][1])
-        if verdicts[best][0] == "repeat":
-            parent += run(43, [true])
-            results[best] += run(43, [true + ideas[best]])
-            groups = [[bpb for _, bpb in runs] for runs in (parent, results[best])]
-            verdicts[best] = judge(
-                results[best], parent, pooled_noise(dict(enumerate(settled + groups)))
-            )
+        noise_now = noise(parent)
+        verdicts = [judge(result, parent, noise_now) for result in results]
+        best = max(range(lanes), key=lambda i: verdicts[i].gain)
+        if verdicts[best].word == "repeat":
+            parent += run(43, [parent_commit])
+            results[best] += run(43, [ideas[best]])
+            verdicts[best] = judge(results[best], parent, noise(parent, results[best]))
             age = 1
-        kept = verdicts[best][0] == "keep"
+        kept = verdicts[best].word == "keep"
         done = parent if kept else results[best]
-        if len(done) > 1 and len(settled) < ENOUGH:
-            settled.append([bpb for _, bpb in done])
+        if len(done) > 1:
+            repeated.append(done)
+            repeated = repeated[-ENOUGH:]
         if kept:
-            waiting += [ideas[i] for i, v in enumerate(verdicts) if v[0] == "keep" and i != best]
-            true, parent, age = true + ideas[best], results[best], 0
-    return true
+            waiting += [steps[i] for i, v in enumerate(verdicts) if v.word == "keep" and i != best]
+            parent_commit = ideas[best]
+            parent = results[best]
+            age = 0
+    return parent_commit[1]
 
 
-def wave_gains(lanes, num_slots, mix, machine, num_nights, constants):
-    """Return the true gains of so many nights of waves, (num_nights,)."""
-    rule = read_rule(constants)
-    rngs = map(np.random.default_rng, np.random.SeedSequence(1).spawn(num_nights))
-    return np.array([play_waves(rng, lanes, num_slots, mix, machine, rule) for rng in rngs])
+def mean_of_waves(lanes, num_slots, mix, machine_name, num_nights, constants):
+    """Return the mean true gain of so many nights of waves."""
+    seeds = np.random.SeedSequence(1).spawn(num_nights)
+    with patch.dict(vars(ratchet), constants):
+        gains = [
+            play_waves(np.random.default_rng(seed), lanes, num_slots, mix, MACHINES[machine_name])
+            for seed in seeds
+        ]
+    return sum(gains) / num_nights
 
 
 def print_waves(pool, waves, num_nights, constants):
     """Print what a night of RUNS slots gains on K devices, and in as many runs one by one."""
-    names = list(MACHINES)[:2]
+    names = list(OLD_MACHINES)[:2]
+    shapes = {(1, RUNS)}
+    for k in waves:
+        shapes |= {(k, RUNS), (1, k * RUNS)}
     cells = {
-        (shape, name, mix): pool.submit(
-            wave_gains, *shape, mix, MACHINES[name], num_nights, constants
-        )
-        for shape in {(1, RUNS), *((k, RUNS) for k in waves), *((1, k * RUNS) for k in waves)}
+        (shape, name, mix): pool.submit(mean_of_waves, *shape, mix, name, num_nights, constants)
+        for shape in shapes
         for name in names
         for mix in MIXES
     }
     print(f"True gain in {RUNS} runs' time; in brackets, of what as many runs one by one gain.\n")
-    print(f"| devices | {' | '.join(names)} |\n| --- {'| --- ' * len(names)}|")
+    print_row("devices", names)
+    print_row("---", ["---"] * len(names))
     for k in [1, *waves]:
-        row = [str(k)]
+        row = []
         for name in names:
-            means = [
-                [cells[shape, name, mix].result().mean() for shape in ((k, RUNS), (1, k * RUNS))]
-                for mix in MIXES
-            ]
-            row.append("; ".join(f"{gain:.1f} ({gain / alone:.0%})" for gain, alone in means))
-        print(f"| {' | '.join(row)} |")
+            texts = []
+            for mix in MIXES:
+                gain = cells[(k, RUNS), name, mix].result()
+                alone = cells[(1, k * RUNS), name, mix].result()
+                texts.append(f"{gain:.1f} ({gain / alone:.0%})")
+            row.append("; ".join(texts))
+        print_row(k, row)
 
 
-def read_rule(constants):
-    """Return judge, pooled_noise and the constants of program.md's Log, some of them replaced."""
-    text = (ROOT / "program.md").read_text(encoding="utf-8")
-    functions = re.search(r"^# Log\n.*?<<'EOF'\n(.*?)^last, ", text, re.M | re.S)[1]
-    minutes = HARD_LIMIT / int(re.search(r"HARD_LIMIT.* int\(\$3 / (\d+)\)", text)[1])
-    rule = {"STALE": round(60 * minutes / RUN_SECONDS)}
-    exec(functions, rule)
-    if unknown := constants.keys() - rule.keys():
-        raise SystemExit(f"program.md's rule has no {', '.join(sorted(unknown))}")
-    rule.update(constants)  # the functions see them: this is where their globals live
-    return rule
+# --- Tables ---------------------------------------------------------------------------------------
 
 
-def play(rule_name, mix, machine, share_simple, num_nights, constants):
-    """Return true gains (num_nights,), and the keeps of each night."""
-    if rule_name == "any decrease":
-        one_night = play_any_decrease
-    elif rule_name == "floor of three baselines":
-        one_night = play_floor
-    else:
-        one_night = partial(play_rule, rule=read_rule(constants))
-    nights = make_nights(num_nights, mix, machine, share_simple)
-    true, keeps = zip(*map(one_night, nights), strict=True)
-    return np.array(true), keeps
+def print_row(first, rest):
+    print(f"| {' | '.join([str(first), *rest])} |")
 
 
 def real_share(keeps):
@@ -284,69 +385,119 @@ def real_share(keeps):
     return (gains > 0).mean()
 
 
-def standard_error(true):
-    """Return the standard error of the mean of the nights' gains."""
-    return true.std(ddof=1) / len(true) ** 0.5
+def standard_error(values):
+    """Return the standard error of the mean of values (num_nights,)."""
+    return values.std(ddof=1) / len(values) ** 0.5
+
+
+def print_gains(cells, machines):
+    """Print each rule's true gain and share of real keeps."""
+    print_row("rule", machines)
+    print_row("---", ["---"] * len(machines))
+    for rule in RULES:
+        row = []
+        for machine in machines:
+            results = [cells[rule, machine, mix, 0.0] for mix in MIXES]
+            texts = [f"{gains.mean():.2f} ({real_share(keeps):.0%})" for gains, keeps in results]
+            row.append("; ".join(texts))
+        print_row(rule, row)
+    errors = [
+        max(
+            standard_error(cells[rule, machine, mix, 0.0][0])
+            for rule in RULES
+            for machine in machines
+        )
+        for mix in MIXES
+    ]
+    print("\nStandard error of these gains, at most:", "; ".join(f"{e:.2f}" for e in errors))
+
+
+def print_differences(cells, machines):
+    """Print by how much each rule gains more than the rule before, in per cent of that."""
+    print(f"\nGain over that of {BEFORE}, per cent, +- the standard error of the difference.\n")
+    rules = [rule for rule in RULES if rule != BEFORE]
+    print_row("rule", machines)
+    print_row("---", ["---"] * len(machines))
+    for rule in rules:
+        row = []
+        for machine in machines:
+            texts = []
+            for mix in MIXES:
+                before, _ = cells[BEFORE, machine, mix, 0.0]
+                gains, _ = cells[rule, machine, mix, 0.0]
+                unit = before.mean() / 100
+                difference = (gains - before).mean() / unit
+                error = standard_error(gains - before) / unit
+                texts.append(f"{difference:+.1f} +- {error:.1f}")
+            row.append("; ".join(texts))
+        print_row(rule, row)
+
+
+def print_simplifications(cells):
+    """Print what becomes of ideas that take out code, on a steady machine."""
+    share, spread = SIMPLE
+    print(f"\nSteady, {share:.0%} of the ideas simplify (gain 0 +- {spread:g}), rest as above.\n")
+    print_row("rule", ["true gain", "simplifications kept a night", "their mean gain"])
+    print_row("---", ["---"] * 3)
+    for rule in RULES:
+        gains, keeps = cells[rule, STEADY, MIXES[-1], share]
+        kept = np.array([gain for night in keeps for gain, simpler in night if simpler])
+        mean = f"{gains.mean():.2f} ({real_share(keeps):.0%})"
+        print_row(rule, [mean, f"{len(kept) / len(gains):.1f}", f"{kept.mean():+.2f}"])
+
+
+def read_constant(text):
+    """Return (name, value) of NAME=VALUE; raises ArgumentTypeError."""
+    name, _, number = text.partition("=")
+    if name not in CONSTANTS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(CONSTANTS)}")
+    try:
+        value = float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form {name}=NUMBER") from None
+    if value.is_integer():
+        value = int(value)  # LAST_RUNS counts runs
+    return name, value
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--nights", type=int, default=1000, help="of every cell (default 1000)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="of the rule")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        type=read_constant,
+        metavar="NAME=VALUE",
+        help="constants of ratchet.py's rule to change",
+    )
     parser.add_argument("--wave", nargs="+", type=int, metavar="K", help="runs at once, instead")
     args = parser.parse_args()
-    constants = {name: float(value) for name, _, value in (s.partition("=") for s in args.set)}
+    constants = dict(args.set)
 
-    if args.wave:
-        with ProcessPoolExecutor() as pool:
-            return print_waves(pool, args.wave, args.nights, constants)
-    rules = {
-        "any decrease": {},
-        "floor of three baselines": {},
-        "program.md": constants,
-        "program.md, no stale runs": constants | {"STALE": math.inf},
-    }
     with ProcessPoolExecutor() as pool:
-        cells = {
-            (rule, machine, mix, share): pool.submit(
-                play, rule, mix, MACHINES[machine], share, args.nights, rules[rule]
+        if args.wave:
+            print_waves(pool, args.wave, args.nights, constants)
+            return
+        keys = [
+            (rule, machine, mix, 0.0) for rule in RULES for machine in MACHINES for mix in MIXES
+        ]
+        keys += [(rule, STEADY, MIXES[-1], SIMPLE[0]) for rule in RULES]
+        cells = {}
+        for rule, machine, mix, share_simple in keys:
+            cells[rule, machine, mix, share_simple] = pool.submit(
+                play, rule, mix, machine, share_simple, args.nights, constants
             )
-            for rule in rules
-            for machine in MACHINES
-            for mix in MIXES
-            for share in (0.0, SIMPLE[0])
-            if not share or (mix == MIXES[-1] and machine == "steady")
-        }
         cells = {key: future.result() for key, future in cells.items()}
 
     mixes = "; ".join(f"{share:.0%} of mean {gain:g}" for share, gain in MIXES)
-    print(
-        f"True gain of a night's {RUNS} runs and share of keeps that are real; good ideas: {mixes}."
-    )
-    print(f"\n| rule | {' | '.join(MACHINES)} |\n| --- {'| --- ' * len(MACHINES)}|")
-    for rule in rules:
-        row = [rule]
-        for machine in MACHINES:
-            results = [cells[rule, machine, mix, 0.0] for mix in MIXES]
-            row.append("; ".join(f"{true.mean():.2f} ({real_share(k):.0%})" for true, k in results))
-        print(f"| {' | '.join(row)} |")
-    worst = [
-        max(standard_error(cells[r, m, mix, 0.0][0]) for r in rules for m in MACHINES)
-        for mix in MIXES
-    ]
-    print("\nStandard error of the gains, at most:", "; ".join(f"{error:.2f}" for error in worst))
-
-    share, spread = SIMPLE
-    print(f"\nSteady, {share:.0%} of the ideas simplify (gain 0 +- {spread:g}), rest as above.")
-    print("\n| rule | true gain | simplifications kept a night | their mean gain |")
-    print("| --- | --- | --- | --- |")
-    for rule in rules:
-        true, keeps = cells[rule, "steady", MIXES[-1], share]
-        kept = np.array([gain for night in keeps for gain, simpler in night if simpler])
-        print(
-            f"| {rule} | {true.mean():.2f} ({real_share(keeps):.0%}) "
-            f"| {len(kept) / len(true):.1f} | {kept.mean():+.2f} |"
-        )
+    print(f"True gain of a night's {RUNS} runs, in brackets the share of keeps that are real.")
+    print(f"In each cell three mixes of good ideas: {mixes}.")
+    for machines in (OLD_MACHINES, NEW_MACHINES):
+        print()
+        print_gains(cells, machines)
+        print_differences(cells, machines)
+    print_simplifications(cells)
 
 
 if __name__ == "__main__":

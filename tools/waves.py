@@ -1,18 +1,22 @@
-"""Walk a wave of program.md through Slurm, or through a plain machine's cores, by README's lines.
+"""Walk a night's waves through Slurm, or through a plain machine's cores, by ratchet.py's verbs.
 
     uv run python tools/waves.py slurm    # as root, with slurmctld, slurmd, slurm-client and munge
     uv run python tools/waves.py taskset  # two cores and a shell
 
-By hand, about ten minutes; neither pytest nor CI runs it. A cluster of one node with two devices
-and two cores is started on loopback, in a scratch folder. The training is the real one, but small,
-eager and short. Its waves have two ideas that run, one that crashes and one that hangs past the
-wall while the controller is restarted, one that is cancelled.
+By hand, about ten minutes; neither pytest nor CI runs it. For Slurm, a cluster of one node with two
+devices and two cores is started on loopback, in a scratch folder. The training is the real one, but
+small, eager and short, and it does not mind a busy machine. There are three waves of two ideas:
+both run; one crashes and one hangs, while Slurm's controller restarts; one is cancelled, and the
+other one's wave is stopped by the person. Whatever was cut off then runs again.
 """
 
 import argparse
 import contextlib
+import json
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,18 +26,20 @@ from pathlib import Path
 from threading import Thread
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-WAVE = re.search(r"^## Many devices\n.*?\n\n((?:    [^\n]*\n)+)", README, re.M | re.S)[1]
-RUN_A_BLOCK = """bash -c "$(awk '/^```/ { on = 0 } /^# NAME$/ { on = 1 } on' program.md)\""""
-JOBS = {"slurm": "srun --gpus 1 --time TIME", "taskset": "taskset -c $((n++ % 2))"}
-SMALLER = {  # the budget, and a training that starts in seconds
-    "prepare.py": [
-        ("TIME_BUDGET = 300", "TIME_BUDGET = 15"),
-        ("HARD_LIMIT = 600", "HARD_LIMIT = 90"),
-        ("2**18  # tokens scored", "2**13  # tokens scored"),
-    ],
-    "train.py": [("else 4  # layers", "else 2  # layers"), ('device.type != "mps"', "False")],
+LAUNCH = {"slurm": "srun --quiet --gpus 1 --time 2", "taskset": "taskset -c {slot}"}
+SMALLER = {  # a training that starts in seconds, and shares its machine
+    "prepare.py": {
+        "TIME_BUDGET": 15,
+        "HARD_LIMIT": 120,
+        "EVAL_TOKENS": 2**13,
+        "MAX_LACKED": 1.0,
+    },
+    "train.py": {"DEPTH": 2},
 }
+EAGER = ('device.type != "mps"', "False")
+NO_DECISION = ("RUNNING", "BUSY")  # last words after which `wait` goes on
+MAX_CALLS = 20  # of wait, for one wave
+PATIENCE = 300  # seconds for what a cluster does within one or two
 SLURM_CONF = """\
 ClusterName=night
 SlurmctldHost={host}(127.0.0.1)
@@ -62,187 +68,295 @@ def sh(command, **options):
     return subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True, **options).stdout
 
 
+def wait_until(true):
+    """Wait until true() is; return whether that came in time."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if true():
+            return True
+        time.sleep(0.5)
+    return False
+
+
+# --- Slurm ----------------------------------------------------------------------------------------
+
+
+def end_process(pid_file):
+    """End the process that wrote this file, and wait until it is gone."""
+    pid = int(pid_file.read_text())
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+@contextlib.contextmanager
+def munge():
+    """Start munge, which Slurm identifies its users by, unless it is there; end it."""
+    if subprocess.run("munge -n | unmunge", shell=True, capture_output=True).returncode == 0:
+        yield
+        return
+    sh("mkdir -p /run/munge && chown munge /run/munge && runuser -u munge munged", check=True)
+    try:
+        yield
+    finally:
+        end_process(Path("/run/munge/munged.pid"))
+
+
 @contextlib.contextmanager
 def cluster(folder):
-    """Start munge, the controller and the node; stop them at the end."""
+    """Start the controller and the node, with their files in a folder; end them."""
     host = socket.gethostname().partition(".")[0]
     for name in ("state", "spool"):
         (folder / name).mkdir()
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
     (folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, folder=folder))
-    devices = (f"NodeName={host} Name=gpu File=/dev/{name}\n" for name in ("null", "zero"))
+    devices = [f"NodeName={host} Name=gpu File=/dev/{name}\n" for name in ("null", "zero")]
     (folder / "gres.conf").write_text("".join(devices))
-    sh("mkdir -p /run/munge && chown munge /run/munge && runuser -u munge munged", check=True)
-    sh("slurmctld && slurmd", check=True)
-    try:
-        while "idle" not in sh("sinfo --noheader --format %t"):
-            time.sleep(1)
-        yield
-    finally:
-        sh("scontrol shutdown; pkill -u munge munged")
+    with munge():
+        sh("slurmctld", check=True)
+        try:
+            sh("slurmd", check=True)
+            try:
+                if not wait_until(lambda: "idle" in sh("sinfo --noheader --format %t")):
+                    sys.exit(f"the node is not ready: {(folder / 'slurmd.log').read_text()}")
+                yield
+            finally:
+                end_process(folder / "slurmd.pid")
+        finally:
+            end_process(folder / "slurmctld.pid")
+
+
+def jobs(state="all"):
+    """Return the numbers of Slurm's jobs in a state, the first one first."""
+    return sh(f"squeue --noheader --states {state} --format %i --sort i").split()
+
+
+def two_run():
+    return len(jobs("RUNNING")) == 2
+
+
+def none_left():
+    return not jobs("PENDING,RUNNING,COMPLETING")
+
+
+# --- A night --------------------------------------------------------------------------------------
+
+
+def set_constants(path, values):
+    """Give constants of a Python file other values."""
+    text = path.read_text()
+    for name, value in values.items():
+        text, count = re.subn(rf"^{name} = .*", f"{name} = {value}", text, flags=re.M)
+        assert count == 1, (path, name, count)
+    path.write_text(text)
+
+
+def replace_once(path, old, new):
+    text = path.read_text()
+    assert text.count(old) == 1, (path, old)
+    path.write_text(text.replace(old, new))
 
 
 class Night:
     """A night in a scratch clone, one step after the other."""
 
-    def __init__(self, repo, job):
-        self.repo, self.job, self.failures = repo, job, 0
-        self.alone = job.replace("TIME", "20").replace("$((n++ % 2))", "0")
+    def __init__(self, folder):
+        self.repo = folder / "repo"
+        self.train = self.repo / "train.py"
+        self.failures = 0
+        self.env = {n: v for n, v in os.environ.items() if not n.startswith("AUTORESEARCH_S")}
+        self.env["AUTORESEARCH_CORPUS"] = "python"
+        sh(f"git clone -q {ROOT} {self.repo}", check=True)
+        self.git("remote", "remove", "origin")
+        self.git("config", "user.name", "trial")
+        self.git("config", "user.email", "trial@localhost")
+        for name, values in SMALLER.items():
+            set_constants(self.repo / name, values)
+        replace_once(self.train, *EAGER)
+        self.git("commit", "-q", "-a", "-m", "small")
+        subprocess.run([sys.executable, "prepare.py"], cwd=self.repo, env=self.env, check=True)
 
     def check(self, label, ok):
         self.failures += not ok
         print("ok  " if ok else "FAIL", label, flush=True)
 
-    def bash(self, script, **variables):
-        env = os.environ | {name: str(value) for name, value in variables.items()}
+    def git(self, *words):
         done = subprocess.run(
-            ["bash", "-c", script],
+            ["git", *words], cwd=self.repo, stdout=subprocess.PIPE, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    def ratchet(self, *words):
+        """Run a verb, print its last line, and return that line's first word."""
+        done = subprocess.run(
+            [sys.executable, "ratchet.py", *words],
             cwd=self.repo,
-            env=env,
+            env=self.env,
             stdout=subprocess.PIPE,
-            stderr=2,
             text=True,
         )
-        return done.stdout
+        last = (done.stdout.strip() or "nothing").splitlines()[-1]
+        print(f"     {words[0]}: {last}", flush=True)
+        return last.split()[0]
 
-    def block(self, name, **variables):
-        return self.bash(RUN_A_BLOCK.replace("NAME", name), **variables)
+    def until_decided(self, *words):
+        """Run a verb, then `wait` while the answer is no decision; return the last word."""
+        word = self.ratchet(*words)
+        for _ in range(MAX_CALLS):
+            if word not in NO_DECISION:
+                return word
+            word = self.ratchet("wait")
+        return word
 
-    def idea(self, subject, old, new):
+    def idea(self, subject, values=None, before=None, insert=""):
         """Commit an idea on the kept commit, go back, and return its hash."""
-        train = self.repo / "train.py"
-        text = train.read_text()
-        assert text.count(old) == 1, old
-        train.write_text(text.replace(old, new))
-        commit = f'git commit -q -m "{subject}" --no-verify --no-gpg-sign train.py'
-        return self.bash(
-            f"{commit} && git rev-parse --short=7 HEAD && git reset -q --keep HEAD~1"
-        ).strip()
+        set_constants(self.train, values or {})
+        if before:
+            replace_once(self.train, before, before + insert)
+        self.git("commit", "-q", "--no-verify", "-m", f"trial: {subject}", "train.py")
+        commit = self.git("rev-parse", "--short=7", "HEAD")
+        self.git("reset", "-q", "--keep", "HEAD~1")
+        return commit
 
-    def wave(self, ideas, wall=20, meanwhile=None):
-        """Run README's lines; return each idea's last line, and what `meanwhile` returned."""
-        lines = WAVE.replace("autoresearch/nov21", "autoresearch/trial")
-        lines, count = re.subn(
-            r'job="[^"]*"', f'job="{self.job.replace("TIME", str(wall))}"', lines
-        )
-        assert count == 1
-        started, seen = time.monotonic(), []
-        helper = Thread(target=lambda: seen.append(meanwhile()) if meanwhile else None)
-        helper.start()
-        self.bash(lines, ideas=" ".join(ideas))
-        helper.join()
-        print(f"     a wave of {len(ideas)} in {time.monotonic() - started:.0f} s", flush=True)
-        ends = []
-        for idea in ideas:
-            log = self.repo / f"run-{idea}.log"
-            ends.append(log.read_text().splitlines()[-1] if log.exists() else "no log")
-            print(f"     {ends[-1]}")
-        return ends, *seen
+    def rows(self, commit=None):
+        """Return the ledger's rows, of one commit or all, as lists of five fields."""
+        lines = (self.repo / "results.tsv").read_text().splitlines()[1:]
+        rows = [line.split("\t") for line in lines]
+        return [row for row in rows if commit in (None, row[0])]
 
-    def log(self, idea, **variables):
-        self.bash(f"git reset -q --keep {idea}")
-        said = self.block("Log", **variables)
-        if said.endswith(": repeat\n"):
-            self.block("Repeat", job=self.alone)
-            said += self.block("Log")
-        print(f"     {said.strip()}")
-        if "discard" in said or variables.get("verdict") == "crash":
-            self.block("Reset")
+    def runs(self, commit):
+        """Return (job, result) of each run of a commit, in order of time; {} for no result."""
+        found = []
+        for path in (self.repo / "runs").glob(f"{commit}-*/job.json"):
+            result = path.with_name("result.json")
+            result = json.loads(result.read_text()) if result.exists() else {}
+            found.append((json.loads(path.read_text()), result))
+        return sorted(found, key=lambda run: run[0]["started"])
 
-    def rows(self):
-        return [
-            line.split("\t") for line in (self.repo / "results.tsv").read_text().splitlines()[1:]
-        ]
+    def words(self, commit):
+        """Return what came of each run of a commit: valid, crash, killed, ..."""
+        return [result.get("word", "no result") for _, result in self.runs(commit)]
+
+    def overlap(self, one, other):
+        """Return whether the first runs of two commits went on at the same time."""
+        (job, result), (other_job, other_result) = self.runs(one)[0], self.runs(other)[0]
+        return job["started"] < other_result["ended"] and other_job["started"] < result["ended"]
 
 
-def both_running(slurm):
-    """Wait until two trainings run at once; return whether that came."""
-    for _ in range(100):
-        time.sleep(0.5)
-        running = sh("squeue --noheader --states RUNNING") if slurm else sh("pgrep -f ' train.py$'")
-        if len(running.splitlines()) >= 2:
-            return True
-    return False
+@contextlib.contextmanager
+def meanwhile(action):
+    """Run an action beside the block; give a list that holds what it returned after the block."""
+    returned = []
+    thread = Thread(target=lambda: returned.append(action()))
+    thread.start()
+    try:
+        yield returned
+    finally:
+        thread.join()
 
 
-def restart_controller():
-    """Wait for two jobs, then take the controller away for a while."""
-    both = both_running(slurm=True)
-    sh("pkill slurmctld; sleep 10; slurmctld; sleep 2; scontrol ping >&2")
-    return both
+def walk_two_ideas(night, slurm):
+    """Two ideas run at once, and each gets its row."""
+    ideas = [
+        night.idea("slower matrices", {"MATRIX_LR": 0.02}),
+        night.idea("faster tables", {"EMBEDDING_LR": 0.4}),
+    ]
+    with meanwhile(lambda: wait_until(two_run) if slurm else True) as two_ran:
+        word = night.until_decided("wave", *ideas, "--jobs", "2")
+    night.check("the wave was decided", word in ("KEEP", "DISCARD"))
+    night.check("two ideas ran at once", two_ran == [True] and night.overlap(*ideas))
+    night.check("each has a valid run", all("valid" in night.words(idea) for idea in ideas))
+    night.check("each has a row", all(night.rows(idea) for idea in ideas))
+    return ideas
 
 
-def cancel_one():
-    """Wait for two jobs, then cancel the first."""
-    both = both_running(slurm=True)
-    sh("scancel $(squeue --noheader --format %i --sort i | head -n 1)")
-    return both
+def walk_crash_and_hang(night, slurm, folder):
+    """One idea crashes and one hangs; both are booked as that, and the night goes on."""
+    start = "def main():\n"
+    loop = "    for inputs, targets in loader:\n"
+    sleep = "time.sleep(10**6)\n"
+    hang = night.idea("a hang", before=loop, insert=f"        {sleep}")
+    if slurm:  # before prepare.py's own wall is armed: Slurm's limit ends it
+        hang = night.idea("a hang", before=start, insert=f"    {sleep}")
+    ideas = [night.idea("a crash", before=start, insert="    1 / 0\n"), hang]
+
+    def restart_controller():
+        """Wait for a job, then take the controller away for a while."""
+        seen = wait_until(lambda: jobs("RUNNING"))
+        end_process(folder / "slurmctld.pid")
+        time.sleep(10)
+        sh("slurmctld", check=True)
+        return seen
+
+    with meanwhile(restart_controller if slurm else lambda: True) as seen:
+        word = night.until_decided("wave", *ideas, "--jobs", "2")
+    night.check("the wave was decided", word == "DISCARD" and seen == [True])
+    night.check("neither has a valid run", all("valid" not in night.words(i) for i in ideas))
+    statuses = [row[3] for idea in ideas for row in night.rows(idea)]
+    night.check("each is booked as a crash", statuses == ["crash", "crash"])
+    return ideas
+
+
+def walk_cancelled(night):
+    """A cancelled job, and a wave that is stopped, run again and get their rows."""
+    ideas = [
+        night.idea("a long warmdown", {"WARMDOWN_RATIO": 0.9}),
+        night.idea("a short warmdown", {"WARMDOWN_RATIO": 0.2}),
+    ]
+
+    def cancel_one():
+        both = wait_until(two_run)
+        sh(f"scancel {jobs('RUNNING')[0]}", check=True)
+        return both
+
+    with meanwhile(cancel_one) as both:
+        word = night.ratchet("wave", *ideas, "--jobs", "2")
+    night.check("the cancelled run is no crash", word == "BUSY" and both == [True])
+    night.check("nothing is booked yet", not any(night.rows(idea) for idea in ideas))
+
+    def stop_it():
+        seen = wait_until(lambda: jobs("RUNNING"))
+        night.ratchet("stop")
+        return seen
+
+    with meanwhile(stop_it) as seen:
+        word = night.ratchet("wait")
+    night.check("a stopped run books nothing", word == "BUSY" and seen == [True])
+    night.check("a stopped run leaves no job", wait_until(none_left))
+    word = night.until_decided("wait")
+    night.check("what was cut off ran again", word in ("KEEP", "DISCARD"))
+    night.check("each has a valid run", all("valid" in night.words(idea) for idea in ideas))
+    night.check("each has a row", all(night.rows(idea) for idea in ideas))
+    return ideas
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("scheduler", choices=JOBS)
-    slurm = parser.parse_args().scheduler == "slurm"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("scheduler", choices=LAUNCH)
+    scheduler = parser.parse_args().scheduler
+    slurm = scheduler == "slurm"
+    programs = ["slurmctld", "slurmd", "srun", "munged"] if slurm else ["taskset"]
+    missing = [name for name in programs if not shutil.which(name)]
+    if missing:
+        parser.error(f"{', '.join(missing)} cannot be found: install the packages named in --help")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="waves-")))
+        night = Night(folder)
         if slurm:
             stack.enter_context(cluster(folder))
-        repo = folder / "repo"
-        sh(f"git clone -q {ROOT} {repo}", check=True)
-        for name, changes in SMALLER.items():
-            text = (repo / name).read_text()
-            for old, new in changes:
-                assert text.count(old) == 1, old
-                text = text.replace(old, new)
-            (repo / name).write_text(text)
-        night = Night(repo, JOBS["slurm" if slurm else "taskset"])
-        night.bash("git config user.name trial; git config user.email trial@localhost")
-        night.bash("git remote remove origin; git commit -q -a -m small; uv sync -q")
-        night.block("Start", TAG="trial", LIMITS="9 experiments")
-        for seed in (42, 43, 44):
-            night.block("Run", seed=seed, job=night.alone)
-            night.block("Log")
+        word = night.until_decided("start", "trial", "--launch", LAUNCH[scheduler])
+        night.check("the night has begun", word == "NEXT")
         night.check("three baselines", [row[3] for row in night.rows()] == ["keep"] * 3)
-
-        ideas = [
-            night.idea("slower matrices", "else 0.03  # Muon", "else 0.02  # Muon"),
-            night.idea("faster tables", "else 0.2  # AdamW", "else 0.4  # AdamW"),
-        ]
-        ends, both = night.wave(ideas, meanwhile=lambda: both_running(slurm))
-        night.check("two ideas ran at once", both)
-        night.check("both are valid", all(end.startswith("exit_status: 0 ") for end in ends))
-        bpbs = {idea: float(end.split()[5]) for idea, end in zip(ideas, ends, strict=True)}
-        worse, better = sorted(ideas, key=bpbs.get, reverse=True)
-        night.log(worse, verdict="discard")
-        night.log(better)
-        night.check("a row for each", set(ideas) <= {row[0] for row in night.rows()})
-
-        ideas = [
-            night.idea("a crash", "def main():\n", "def main():\n    1 / 0\n"),
-            night.idea("a hang", "    # Training\n", "    time.sleep(10**6)\n"),
-        ]
-        ends, *_ = night.wave(ideas, wall=1, meanwhile=restart_controller if slurm else None)
-        night.check("neither is valid", all(re.match("exit_status: [1-9]", end) for end in ends))
-        for idea in ideas:
-            night.log(idea, verdict="crash")
-
+        ideas = walk_two_ideas(night, slurm)
+        ideas += walk_crash_and_hang(night, slurm, folder)
         if slurm:
-            ideas = [
-                night.idea("a long warmdown", "WARMDOWN_RATIO = 0.5", "WARMDOWN_RATIO = 0.9"),
-                night.idea("a short warmdown", "WARMDOWN_RATIO = 0.5", "WARMDOWN_RATIO = 0.2"),
-            ]
-            ends, *_ = night.wave(ideas, meanwhile=cancel_one)
-            valid = [end.startswith("exit_status: 0 ") for end in ends]
-            night.check("one was cancelled, the other not", sorted(valid) == [False, True])
-            ends, *_ = night.wave(ideas)
-            night.check("the same lines again run what was cut", " ".join(ends).count(": 0 ") == 2)
-            for idea in ideas:
-                night.log(idea, verdict="discard")
-            night.check("no job is left", not sh("squeue --noheader").strip())
-        tried = [row[0] for row in night.rows() if not re.search("^(base|parent)|, seed", row[4])]
-        night.check("every idea has one row", len(tried) == len(set(tried)) == (6 if slurm else 4))
-        night.check("no worktree is left", len(night.bash("git worktree list").splitlines()) == 1)
-        print((repo / "results.tsv").read_text())
+            ideas += walk_cancelled(night)
+            night.check("no job is left", wait_until(none_left))
+        seeds = [(row[0], row[4]) for idea in ideas for row in night.rows(idea)]
+        night.check("no row stands twice", len(seeds) == len(set(seeds)))
+        night.check("no worktree is left", len(night.git("worktree", "list").splitlines()) == 1)
+        print((night.repo / "results.tsv").read_text())
     sys.exit(f"{night.failures} failed" if night.failures else 0)
 
 
