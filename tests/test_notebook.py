@@ -71,6 +71,11 @@ BASELINE = [
 ]
 
 
+def noise_of(*ideas):
+    """Return the rule's noise of runs in order: ideas is a list of values for each."""
+    return ratchet.noise_of([ratchet.Run(str(i), 42, x) for i, xs in enumerate(ideas) for x in xs])
+
+
 def night(seed=0, num_runs=100):
     """Return the rows of a plausible night: about 15 kept, 77 discarded and 8 crashed."""
     draw, best, rows = random.Random(seed), 1.0, list(BASELINE)
@@ -182,7 +187,10 @@ def test_an_error_shows_its_line_and_no_stack():
             [row(2, 0, "crash", memory_gb=0), *BASELINE],
             ["baseline +0.999800 +0000001, mean of 3"],
         ),
-        ([*BASELINE, row(2, 1.2, "discard")], ["best +0.999800 +0000001", "noise +0.000721"]),
+        (
+            [*BASELINE, row(2, 1.2, "discard")],
+            ["best +0.999800 +0000001", f"noise +{noise_of([1.0004, 0.999, 1.0]):.6f}$"],
+        ),
     ],
     ids=["single row", "all crashed", "crash first", "no progress"],
 )
@@ -233,39 +241,41 @@ def test_summary_counts_commits_and_not_runs():
         row(6, 0.9990, "discard"),
     ]
     text = report.summary("r", report.load(write(*rows)))
-    # By hand: squares 6, 8 and 2, 2 and 2 of 0.0001 about the means 0.9998 and 0.9870, over 2 + 1
+    noise = noise_of([1.0004, 0.9990, 1.0], [0.9872, 0.9868])
     for pattern in [
         "runs +10$",
         "experiments +5: 2 kept, 2 discarded, 1 crashed$",
         "keep rate +40.0%$",
         "baseline +0.999800 +0000001, mean of 3$",
-        "noise +0.000611$",
+        f"noise +{noise:.6f}$",
         "best +0.987000 +0000005, run 7: marginal$",
-        "gain +0.012800 +1.28%, 20.9 times the noise$",
+        f"gain +0.012800 +1.28%, {0.0128 / noise:.1f} times the noise$",
     ]:
         assert re.search(pattern, text, re.MULTILINE), pattern
     assert "note" not in text
 
 
 def test_kept_changes_ranks_gains_and_flags_losses_and_what_may_be_chance():
+    bar = ratchet.HIGH * 2**0.5 * noise_of([1.0004, 0.9990, 1.0])  # of one run against one
     rows = [
-        *BASELINE,  # noise 0.000721; that of a difference of two runs 0.00102
-        row(2, 0.9994, description="a gain of the noise on seed 42"),
+        *BASELINE,
+        row(2, 1.0004 - bar / 2, description="less than the bar on seed 42"),
         row(3, 0.9900, description="large"),
         row(4, 0.9700, "discard"),
-        row(5, 0.9905, description="simpler, worse"),
-        row(6, 0.9870, description="well above the noise"),
-        row(7, 0.9870, description="simpler, equal"),
-        row(8, 0.9910, description="a mistake"),
+        row(5, 0.9900 + bar / 2, description="simpler, worse"),
+        row(6, 0.9800, description="well above the bar"),
+        row(7, 0.9800, description="simpler, equal"),
+        row(8, 0.9800 + 2 * bar, description="a mistake"),
     ]
     runs = report.load(write(*rows))
     kept = report.kept_changes(runs)
-    assert kept.index.tolist() == [f"000000{i}" for i in (3, 6, 2, 7, 5, 8)]
-    assert kept.gain.tolist() == pytest.approx([0.0094, 0.0035, 0.001, 0, -0.0005, -0.004])
-    assert kept.bar.tolist() == pytest.approx([ratchet.HIGH * (2 * 52e-8) ** 0.5] * 6)
+    assert kept.index.tolist() == [f"000000{i}" for i in (6, 3, 2, 7, 5, 8)]
+    gains = [0.01 + bar / 2, 0.0104 - bar / 2, bar / 2, 0, -bar / 2, -2 * bar]
+    assert kept.gain.tolist() == pytest.approx(gains, abs=2e-6)  # six decimals in the ledger
+    assert kept.bar.tolist() == pytest.approx([bar] * 6)
     remarks = ["", "", "below the bar", "below the bar", "a little worse", "worse"]
     assert kept.remark.tolist() == remarks
-    assert kept.run.tolist() == [5, 8, 4, 9, 7, 10]
+    assert kept.run.tolist() == [8, 5, 4, 9, 7, 10]
     assert "note         kept but worse than the parent: run 7, 10" in report.summary("r", runs)
 
 
@@ -359,6 +369,8 @@ def test_axes_are_counted_as_the_lines_begin():
     axes = report.tried_by_axis(runs)
     assert axes.tries.to_dict() == {"optimizer": 3, "data order": 1, "as in the paper": 1}
     assert axes.keeps.to_dict() == {"optimizer": 2, "data order": 0, "as in the paper": 0}
+    parts, _ = read(*rows, *(row(20 + i, 0.999, "discard") for i in range(8)))
+    assert report.tried_by_axis(*parts.values()).empty, "most lines have none"
     assert axes.best_gain["optimizer"] == pytest.approx(1.0004 - 0.990)
     assert report.kept_changes(runs).description.iloc[0] == "optimizer: longer warmdown"
 
@@ -394,8 +406,7 @@ def test_baseline_run_again_at_dawn_counts_as_repeat():
     ]
     table, noise = report.experiments(report.load(write(*rows)))
     mean = (1.0 + 1.003 + 1.001) / 3
-    squares = sum((value - mean) ** 2 for value in (1.0, 1.003, 1.001))
-    assert noise == pytest.approx((squares / 2) ** 0.5)
+    assert noise == pytest.approx(noise_of([1.0, 1.003, 1.001]))
     assert table.value.tolist() == pytest.approx([mean, 0.99])
     assert table.run.tolist() == [1, 2]
 
@@ -450,8 +461,9 @@ def test_noise_and_gains_are_the_rules_on_these_runs(runs):
     assert loaded.seed.tolist() == [run[1] for run in runs]
     table, noise = report.experiments(loaded)
 
-    by_commit, kept, valid = {}, [], []
+    by_commit, kept, valid, num_before = {}, [], [], {}
     for commit, seed, status, _, value in runs:
+        num_before.setdefault(commit, len(valid))
         if status != "crash":
             valid.append(ratchet.Run(f"{commit:07x}", seed, value))
             by_commit.setdefault(commit, []).append(valid[-1])
@@ -459,10 +471,16 @@ def test_noise_and_gains_are_the_rules_on_these_runs(runs):
             kept.append(commit)
     assert noise == pytest.approx(ratchet.noise_of(valid), nan_ok=True)
     table = table.set_index("commit")
+    order = list(num_before)
     for parent, idea in itertools.pairwise(kept):
+        following = order[order.index(idea) + 1 :]
+        end = num_before[following[0]] if following else len(valid)
+        noise_then = ratchet.noise_of(valid[:end])
         seeds = {run.seed for run in by_commit[parent]}  # as when the idea was judged
         ours = [run for run in by_commit[idea] if run.seed in seeds] or by_commit[idea]
-        verdict = ratchet.judge(ours, by_commit[parent], noise)
+        verdict = ratchet.judge(
+            ours, by_commit[parent], noise if math.isnan(noise_then) else noise_then
+        )
         assert table.gain[f"{idea:07x}"] == pytest.approx(verdict.gain, abs=1e-12)
         assert table.bar[f"{idea:07x}"] == pytest.approx(verdict.bar, abs=1e-12, nan_ok=True)
 
@@ -577,7 +595,7 @@ def test_ideas_that_were_never_committed_are_kept_apart():
     parts, text = read(*rows)
     assert "5: 2 kept, 2 discarded, 1 crashed" in text
     assert re.search("baseline +0.999800 +0000001, mean of 3$", text, re.MULTILINE)
-    assert re.search("noise +0.000721$", text, re.MULTILINE)
+    assert re.search(f"noise +{noise_of([1.0004, 0.999, 1.0]):.6f}$", text, re.MULTILINE)
     assert re.search("best +0.985000 +0000001, run 6: warmdown$", text, re.MULTILINE)
     assert re.search("note +one commit, several ideas .*: 0000001$", text, re.MULTILINE)
     kept = report.kept_changes(*parts.values())

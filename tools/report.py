@@ -531,7 +531,8 @@ def experiments(runs):
 
     Columns: number (0 is the baseline), run (its first), commit, own, status, value (the mean of
     its runs, NaN for a crash), num_runs, memory_gb, description; of a kept idea the gain on the
-    one kept before it, under the seeds of both, and the bar that the rule sets for such a gain.
+    one kept before it, under the seeds of both, and the bar that the rule sets for such a gain,
+    by the noise of that time.
     """
     runs = runs.reset_index()
     ideas = runs.groupby("idea", sort=False)
@@ -545,19 +546,24 @@ def experiments(runs):
     table = table.sort_values("status", key=lambda s: s != "baseline", kind="stable")
     table["number"] = range(len(table))
 
-    by_idea, repeated = {}, []
+    by_idea, repeats = {}, []  # runs of ideas that ran once say nothing of the noise
     is_repeated = table.num_runs > 1
     for run, idea, seed, value in zip(valid.run, valid.idea, valid.seed, valid.value, strict=True):
-        a_run = ratchet.Run(idea, seed, value)
-        by_idea.setdefault(idea, []).append(a_run)
+        by_idea.setdefault(idea, []).append(ratchet.Run(idea, seed, value))
         if is_repeated[idea]:
-            repeated.append((run, a_run))
-    noise = ratchet.noise_of([run for _, run in repeated])
+            repeats.append((run, by_idea[idea][-1]))
+    noise = ratchet.noise_of([run for _, run in repeats])
+
     gains, bars = {}, {}
-    steps = table[table.status.isin(["baseline", "keep"])].sort_values("run", kind="stable")
+    steps = kept_of(table).sort_values("run", kind="stable")
+    next_runs = dict(zip(table.index, table.run.shift(-1), strict=True))
     for parent, idea in itertools.pairwise(steps.index):
         if table.status[idea] == "keep":
-            verdict = compare(by_idea[idea], by_idea[parent], noise)
+            by_then = [run for number, run in repeats if not number >= next_runs[idea]]
+            noise_then = ratchet.noise_of(by_then)
+            if math.isnan(noise_then):
+                noise_then = noise
+            verdict = compare(by_idea[idea], by_idea[parent], noise_then)
             gains[idea], bars[idea] = verdict.gain, verdict.bar
     table["gain"] = pd.Series(gains, dtype=float)
     table["bar"] = pd.Series(bars, dtype=float)
@@ -657,19 +663,22 @@ def tried_by_axis(runs):
     """Return tries, keeps and best gain by the axis with which a line begins ("optimizer: ...")."""
     table, _ = experiments(runs)
     table = table[table.status != "baseline"]
-    table["axis"] = table.description.str.extract(AXIS)[0].str.lower()
-    groups = table.groupby("axis")
+    axis = table.description.map(ratchet.axis_of)
+    named = axis != "no axis"
+    if named.sum() < len(table) / 2:  # then a colon is only a colon
+        named &= False
+    groups = table[named].groupby(axis[named])
     columns = {
         "tries": groups.size(),
         "keeps": groups.status.agg(lambda status: (status == "keep").sum()),
         "best_gain": groups.gain.max(),
     }
-    return pd.DataFrame(columns).sort_values(["keeps", "tries"], ascending=False)
+    found = pd.DataFrame(columns).sort_values(["keeps", "tries"], ascending=False)
+    return found.rename_axis("axis")
 
 
 # --- The picture ----------------------------------------------------------------------------------
 
-AXIS = r"^([A-Za-z][\w /-]{1,24}):\s"  # "optimizer: ..."
 LABEL_CHARS = 30
 MAX_LABELS = 30
 LEGEND = ["kept", "best so far", "discarded", "crashed", "off the scale"]  # in this order
@@ -680,7 +689,9 @@ def label_of(idea, labels):
     """Return at most LABEL_CHARS of what an idea is, in whole words, or the person's own words."""
     if idea.status == "baseline":
         return "baseline"
-    text = labels.get(idea.commit) or re.sub(AXIS, "", idea.description) or idea.commit
+    text = (
+        labels.get(idea.commit) or re.sub(r"^[\w /-]{1,25}: ", "", idea.description) or idea.commit
+    )
     if len(text) <= LABEL_CHARS:
         return text
     clause = re.split(r"[,;]\s", text)[0].strip()
