@@ -172,6 +172,26 @@ bbbbbb4|nan|0|timeout|a hundred layers
         ((1, 1, 0, 1.0, 0.99),),
         notes=("memory_gb",),
     ),
+    Ledger(
+        "accepted or not, by a number",
+        "sha|val_bpb|accepted|note\naaaaaa1|1.0|1|baseline\nbbbbbb1|0.99|1|a\nbbbbbb2|1.01|0|b\n",
+        ((1, 1, 0, 1.0, 0.99),),
+        notes=("memory_gb",),
+    ),
+    Ledger(
+        "words joined",
+        HEADER
+        + BASE
+        + """\
+bbbbbb1|0.990000|44.0|ADOPTED-WIN|wider
+bbbbbb2|1.010000|44.0|screen_discard|deeper
+bbbbbb3|FAILED|-|discard (crash)|ten times wider
+bbbbbb4|0.000000|0.0|infra-fail|no container
+bbbbbb5|0.990000|44.0|duplicate|wider
+""",
+        READ,
+        notes=("infra-fail", "duplicate", "counted as a crash"),
+    ),
     # Rows that are no finished run
     Ledger(
         "infra and rate limits",
@@ -422,6 +442,14 @@ aaaaaa1|0.980000|44.0|keep|tie
         "names of other words",
         NIGHT.replace(HEADER, "hash|val_bpb|peak_vram_gb|verdict|idea\n"),
         READ,
+    ),
+    Ledger(
+        "a hypothesis besides the description",
+        "commit|hypothesis|val_bpb|memory_gb|status|description\n"
+        "aaaaaa1|a baseline for all|1.0|44.0|keep|baseline\n"
+        "bbbbbb1|better than baseline|0.99|44.0|keep|wider\n",
+        ((1, 0, 0, 1.0, 0.99),),
+        notes=("columns not read: hypothesis",),
     ),
     Ledger(
         "memory in megabytes",

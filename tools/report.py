@@ -28,25 +28,28 @@ import ratchet
 COLUMNS = ["commit", "value", "memory_gb", "status", "description"]  # "value" is the metric
 NAMES = {  # what people call the columns
     "commit": "commit, hash, sha, commit_hash, commit_sha, commit_id, git_hash, git_commit",
-    "status": "status, verdict, decision, outcome, kept, keep",
+    "status": "status, verdict, decision, outcome",
+    "kept": "kept, keep, accepted",  # yes or no, in place of a status
     "description": "description, desc, idea, change, experiment, hypothesis, notes, note, summary",
     "seed": "seed",
 }
 MEMORY = re.compile(r"((peak|max|gpu|cuda)_)*(mem|memory|vram|rss)(_(used|usage|peak|max))?(_\w+)?")
 VERDICTS = {  # what people call the verdicts; a baseline is a keep
-    "keep": "keep, kept, keeper, accept, accepted, best, new best, better, improved, improvement,"
-    " win, merge, merged, adopt, adopted, yes, true",
-    "discard": "discard, discarded, revert, reverted, reject, rejected, worse, no improvement,"
-    " regressed, regression, no gain, no effect, neutral, not kept, no, false",
+    "keep": "keep, kept, keeper, accept, accepted, best, better, improved, improvement, win, merge,"
+    " merged, adopt, adopted",
+    "discard": "discard, discarded, revert, reverted, reject, rejected, worse, regressed,"
+    " regression, neutral, no improvement, no gain, no effect, not kept",
     "crash": "crash, crashed, error, oom, out of memory, timeout, timed out, nan, diverged, killed",
     "fail": "fail, failed, failure",  # a crash without a value, else a discard
-    "baseline": "baseline, base",
-    "unfinished": "missing, infra, infra error, rate limit, rate limited, info, note, parked,"
-    " pending, tbd, planned, queued, running, in progress, skip, skipped, todo, aborted,"
-    " cancelled, canceled, interrupted, blocked, deferred, not run, n/a",
+    "baseline": "baseline",
+    "unfinished": "missing, infra, rate limit, rate limited, info, note, parked, duplicate, tbd,"
+    " pending, planned, queued, running, in progress, skip, skipped, todo, aborted, cancelled,"
+    " canceled, interrupted, blocked, deferred, not run, n/a",
 }
+YES_OR_NO = {"yes": "keep", "true": "keep", "1": "keep"}
+YES_OR_NO |= {"no": "discard", "false": "discard", "0": "discard"}
 VERDICT_OF = {word: verdict for verdict, words in VERDICTS.items() for word in words.split(", ")}
-NO_NUMBER = ("", "-", "n/a", "na", "none", "null")
+NO_NUMBER = ("", "-", "n/a", "na", "none", "null", "fail", "failed", "crash", "error", "oom")
 DECIMAL_COMMA = re.compile(r"-?(0,\d+|\d+,(\d{1,2}|\d{4,}))")  # else it may part the thousands
 SUMMARY = re.compile(r"(?i)(total|summary|overall|mean|average|best so far)\b")
 HEADING = re.compile(r"(?i)[#=~*_[-]|(phase|session|round|stage|night|day|part)\b|.*:\s*$")
@@ -96,8 +99,11 @@ class Notes:
         self.lines.setdefault(what, []).append(line)
 
     def texts(self):
-        """Return a sentence a cause."""
-        return [f"{what}: line {brief(lines)}" for what, lines in self.lines.items()]
+        """Return a sentence a cause, of the first twelve causes."""
+        texts = [f"{what}: line {brief(lines)}" for what, lines in self.lines.items()]
+        if len(texts) > 12:
+            texts[12:] = [f"and {len(texts) - 12} more causes to leave out a line"]
+        return texts
 
 
 def brief(names):
@@ -114,17 +120,23 @@ def column_name(text):
 
 
 def column_meanings(titles):
-    """Return what each title of a header means: one of COLUMNS, "seed", "memory_mb", or itself."""
-    known = {name: meaning for meaning, names in NAMES.items() for name in names.split(", ")}
-    meanings = []
-    for title in titles:
-        name = column_name(title)
-        meaning = known.get(name, title.strip())
-        if name == column_name(ratchet.METRIC):
-            meaning = "value"
-        elif MEMORY.fullmatch(name):
-            meaning = "memory_mb" if name.endswith(("mb", "mib")) else "memory_gb"
-        meanings.append(title.strip() if meaning in meanings else meaning)
+    """Return what each title of a header means: one of COLUMNS, "seed", "memory_mb", or itself.
+
+    Where several titles could mean the same, the first name in NAMES counts.
+    """
+    names = [column_name(title) for title in titles]
+    meanings = [title.strip() for title in titles]
+    for meaning, known in NAMES.items():
+        found = [name for name in known.split(", ") if name in names]
+        if found:
+            meanings[names.index(found[0])] = meaning
+    memory = [i for i, name in enumerate(names) if MEMORY.fullmatch(name)]
+    if memory:
+        is_mb = names[memory[0]].endswith(("mb", "mib"))
+        meanings[memory[0]] = "memory_mb" if is_mb else "memory_gb"
+    metric = column_name(ratchet.METRIC)
+    if metric in names:
+        meanings[names.index(metric)] = "value"
     return meanings
 
 
@@ -136,7 +148,7 @@ def read_header(path, lines):
     """
     for number, line in enumerate(lines[:10], start=1):
         meanings = column_meanings(line.rstrip("\r\t ").split("\t"))
-        if "value" in meanings and "status" in meanings:
+        if "value" in meanings and ("status" in meanings or "kept" in meanings):
             return meanings, number
     line = lines[0]
     where = f"{path} line 1"
@@ -191,30 +203,29 @@ def read_memory(text, unit):
 
 def read_verdict(text):
     """Return the verdict that a status means, or "" for one that we do not know."""
-    words = " ".join(re.findall(r"[^\W_]+(?:/[^\W_]+)?", text.lower()))
-    if words in VERDICT_OF:
-        return VERDICT_OF[words]
-    # "keep (new best)", "crash: OOM", but not "keep or discard"
-    first, *rest = words.split() or [""]
-    verdict = VERDICT_OF.get(first, "")
-    opposite = {"keep": "discard", "discard": "keep"}.get(verdict)
-    if verdict not in ("keep", "discard", "crash", "baseline"):
-        return ""
-    if any(word in ("or", "not") or VERDICT_OF.get(word) == opposite for word in rest):
-        return ""
-    return verdict
+    words = re.findall(r"[^\W_]+(?:/[^\W_]+)?", text.lower())
+    whole = VERDICT_OF.get(" ".join(words))
+    if whole or any(word in ("or", "not", "no") for word in words):
+        return whole or ""
+    # "keep (new best)", "screen_discard", "infra-fail", "discard (crash)"
+    verdicts = list(dict.fromkeys(VERDICT_OF[word] for word in words if word in VERDICT_OF))
+    if len(verdicts) == 1 or verdicts in (["discard", "crash"], ["unfinished", "fail"]):
+        return verdicts[0]
+    return ""
 
 
 def parse(cells, names):
     """Return the Row that the cells of a line make; raise NotARun where they make none."""
     row = dict(zip(names, cells, strict=False))
-    if "status" not in row or "value" not in row:
+    if not {"status", "kept"} & row.keys() or "value" not in row:
         raise NotARun(f"{len(cells)} columns in place of {len(names)}")
     commit = plain_cell(row.get("commit", ""))
     if SUMMARY.match(commit):
         raise NotARun("a summary", readable=True)
-    status = plain_cell(row["status"])
+    status = plain_cell(row.get("status", row.get("kept")))
     verdict = read_verdict(status)
+    if "status" not in row:
+        verdict = YES_OR_NO.get(status.lower(), verdict)
     if not verdict:
         raise NotARun(f"status {status.lower()[:40]!r}")
     if verdict == "unfinished":
@@ -385,7 +396,7 @@ def load(path):
     if "memory_mb" in names:
         lacking.discard("memory_gb")
     others = {
-        "columns not read:": [n for n in names if n not in [*COLUMNS, "memory_mb", "seed"]],
+        "columns not read:": [n for n in names if n not in [*COLUMNS, "kept", "memory_mb", "seed"]],
         "no column": [name for name in COLUMNS if name in lacking],
         f"discard without a {ratchet.METRIC}, counted as a crash: run": runs.index[failed],
         "one commit, several ideas (never committed?), each row for itself:": shared,
@@ -664,8 +675,9 @@ def tried_by_axis(runs):
     table, _ = experiments(runs)
     table = table[table.status != "baseline"]
     axis = table.description.map(ratchet.axis_of)
-    named = axis != "no axis"
-    if named.sum() < len(table) / 2:  # then a colon is only a colon
+    named = (axis != "no axis") & (axis.str.len() < 30)
+    # A colon is only a colon in "exp12: deeper", or where few lines have one
+    if named.sum() < len(table) / 2 or axis[named].nunique() > len(table) / 2:
         named &= False
     groups = table[named].groupby(axis[named])
     columns = {
