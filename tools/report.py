@@ -675,9 +675,9 @@ def tried_by_axis(runs):
     table, _ = experiments(runs)
     table = table[table.status != "baseline"]
     axis = table.description.map(ratchet.axis_of)
-    named = (axis != "no axis") & (axis.str.len() < 30)
-    # A colon is only a colon in "exp12: deeper", or where few lines have one
-    if named.sum() < len(table) / 2 or axis[named].nunique() > len(table) / 2:
+    # A colon is only a colon in "exp12: deeper", and where few lines have one
+    named = (axis != "no axis") & (axis.str.len() < 30) & ~axis.str.contains(r"\d$")
+    if named.sum() < len(table) / 2:
         named &= False
     groups = table[named].groupby(axis[named])
     columns = {
