@@ -11,6 +11,8 @@ from pathlib import Path
 
 from report import brief, experiments
 
+import ratchet  # report.py has put its folder on the path
+
 # --- Git ------------------------------------------------------------------------------------------
 
 
@@ -29,14 +31,14 @@ def reason(error):
 
 
 def recipe_folder(path, branch):
-    """Return the folder in git of the recipe that a ledger is of, "" or with a slash at its end.
+    """Return the folder in git of the recipe that a ledger is of: "" or with a slash at its end.
 
     It is the ledger's own or the next above it that has a train.py, or else the only one that has.
     """
     prefix = git(path, "rev-parse", "--show-prefix").strip()
     listing = git(path, "ls-tree", "-r", "-z", "--full-tree", "--name-only", branch)
-    names = [name for name in listing.split("\0") if name.split("/")[-1] == "train.py"]
-    folders = [name.removesuffix("train.py") for name in names]
+    names = [name for name in listing.split("\0") if name.split("/")[-1] == ratchet.CANVAS]
+    folders = [name.removesuffix(ratchet.CANVAS) for name in names]
     above = [folder for folder in folders if prefix.startswith(folder)]
     if above:
         return max(above, key=len)
@@ -75,7 +77,7 @@ def audit(runs, branch):
     try:
         folder = recipe_folder(path, branch)
         files = changed_files(path, branch, lengths)
-        guarded = [f":/{folder}{name}" for name in ("prepare.py", "ratchet.py", "pyproject.toml")]
+        guarded = [f":/{folder}{name}" for name in ratchet.CONTRACT]
         changed = ""
         if base.commit in files:
             options = ["diff-tree", "-r", "--name-only", base.commit, branch, "--"]
@@ -90,14 +92,14 @@ def audit(runs, branch):
         names = files.get(commit)
         if status == "keep" and names is None:
             lines.append(f"{commit} is kept but not on {branch}")
-        elif status == "keep" and names != [f"{folder}train.py"]:
+        elif status == "keep" and names != [f"{folder}{ratchet.CANVAS}"]:
             names = ", ".join(names) or "nothing"
-            lines.append(f"{commit} is kept but changed {names}, not train.py alone")
+            lines.append(f"{commit} is kept but changed {names}, not {ratchet.CANVAS} alone")
         elif status == "discard" and names is not None:
             lines.append(f"{commit} is discarded but still on {branch}")
     num_kept = (owned.status == "keep").sum()
     if not lines and len(owned):
-        lines.append(f"{num_kept} kept commits, all on the branch, train.py alone")
+        lines.append(f"{num_kept} kept commits, all on the branch, {ratchet.CANVAS} alone")
     skipped = runs.index[~runs.own]
     if len(skipped):
         lines.append(f"rows without a commit of their own were skipped: run {brief(skipped)}")
@@ -325,19 +327,19 @@ def worth_a_look(runs, branch):
     commits = table.commit[(table.status == "keep") & table.own].tolist()
     try:
         folder = recipe_folder(path, branch)
-        names = [f"{commit}{up}:{folder}train.py" for commit in commits for up in ("^", "")]
+        names = [f"{commit}{up}:{folder}{ratchet.CANVAS}" for commit in commits for up in ("^", "")]
         texts = read_versions(path, names)
     except (OSError, subprocess.CalledProcessError) as error:
         return [f"worth a look: skipped: {reason(error)}"]
     lines = []
     for commit, before, after in zip(commits, texts[::2], texts[1::2], strict=True):
         if before is None or after is None:
-            lines.append(f"{commit}: git has no train.py of it")
+            lines.append(f"{commit}: git has no {ratchet.CANVAS} of it")
             continue
         try:
             added = added_by(before, after)
         except SyntaxError as error:
-            lines.append(f"{commit}: train.py is no Python: {error}")
+            lines.append(f"{commit}: {ratchet.CANVAS} is no Python: {error}")
             continue
         lines += [f"{commit} line {n}, {kind}: {line[:90]}" for n, kind, line in added]
     if not lines:

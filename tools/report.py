@@ -55,7 +55,6 @@ SUMMARY = re.compile(r"(?i)(total|summary|overall|mean|average|best so far)\b")
 HEADING = re.compile(r"(?i)[#=~*_[-]|(phase|session|round|stage|night|day|part)\b|.*:\s*$")
 REMARK = re.compile(r"(?i)resum|continu|restart|\bnote\b|todo|fixme|comment")
 HASH = re.compile(r"[0-9a-f]{7,64}")
-DEFAULT_SEED = 42
 
 
 class ResultsError(ValueError):
@@ -256,7 +255,7 @@ def parse(cells, names):
     seed = plain_cell(row.get("seed", ""))
     named = re.search(r"(?:, |\()seed (\d+)\)?$", description)
     if not seed.isdecimal():
-        seed = named[1] if named else DEFAULT_SEED
+        seed = named[1] if named else ratchet.SEEDS[0]
     return Row(commit, value, memory_gb, verdict, description, int(seed))
 
 
@@ -271,9 +270,8 @@ def read_line(line, names, notes, number):
     text = filled[0] if filled else ""
     if not any(c.isalnum() for c in text):
         raise NotARun("not a run", readable=True)
-    how, cells = "spaces in place of tabs", text.split(None, len(names) - 1)
-    if "\\t" in text:
-        how, cells = "a written \\t in place of tabs", text.split("\\t", len(names) - 1)
+    between = "\\t" if "\\t" in text else None
+    cells = text.split(between, len(names) - 1)
     try:
         row = parse(cells, names)
         if not HASH.fullmatch(row.commit):
@@ -284,13 +282,15 @@ def read_line(line, names, notes, number):
         if HEADING.match(text):
             return None
         raise NotARun("not a run", readable=True) from None
-    notes.add(f"{how}, read nevertheless", number)
+    how = "a written \\t" if between else "spaces"
+    notes.add(f"{how} in place of tabs, read nevertheless", number)
     return row
 
 
 def read_rows(path, names, lines, notes):
     """Return the rows in the numbered lines; raise ResultsError if many of them cannot be read."""
-    rows, headings = [], []
+    rows = []
+    headings = []
     for number, line in lines:
         if not line.strip():
             continue
@@ -308,7 +308,8 @@ def read_rows(path, names, lines, notes):
         if row is None:
             headings.append(number)
         else:
-            row.line, row.section = number, len(headings)
+            row.line = number
+            row.section = len(headings)
             rows.append(row)
     total = len(rows) + notes.num_unreadable
     if 3 * notes.num_unreadable > total:
@@ -339,7 +340,8 @@ def drop_doubles(rows, notes):
     values = {}
     for row in rows:
         values.setdefault(row.commit, set()).add(row.value)
-    seen, single = {}, []
+    seen = {}
+    single = []
     for row in rows:
         key = (row.commit, row.seed, str(row.value), str(row.memory_gb))
         is_hash = HASH.fullmatch(row.commit)
@@ -358,12 +360,8 @@ def drop_doubles(rows, notes):
     return single
 
 
-def load(path):
-    """Read a ledger: one row a run, in order; attrs: path, and notes on what to beware of.
-
-    Columns: commit, value (of the metric), memory_gb, status, description, seed, line, section,
-    and those of tell_apart. Raises ResultsError, one line, if it cannot be read.
-    """
+def read_text_lines(path):
+    """Return the lines of a ledger, whatever program wrote it."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -372,7 +370,16 @@ def load(path):
     text = content.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace")
     if "\n" not in text:
         text = text.replace("\r", "\n")
-    lines = text.split("\n")  # not splitlines: a form feed in a description ends no line
+    return text.split("\n")  # not splitlines: a form feed in a description ends no line
+
+
+def load(path):
+    """Read a ledger: one row a run, in order; attrs: path, and notes on what to beware of.
+
+    Columns: commit, value (of the metric), memory_gb, status, description, seed, line, section,
+    and those of tell_apart. Raises ResultsError, one line, if it cannot be read.
+    """
+    lines = read_text_lines(path)
     names, num_above = read_header(path, lines)
     notes = Notes()
     if num_above == 0:
@@ -382,21 +389,23 @@ def load(path):
             notes.add("above the header, left out", number)
     numbered = list(enumerate(lines, start=1))[num_above:]
     rows, headings = read_rows(path, names, numbered, notes)
-    rows = drop_doubles(drop_odd_signs(rows, notes), notes)
+    rows = drop_odd_signs(rows, notes)
+    rows = drop_doubles(rows, notes)
     runs = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="run"))
 
     failed = (runs.status == "discard") & runs.value.isna()
     runs.loc[failed, "status"] = "crash"
     shared, put_back = tell_apart(runs)
-    begun = [headings[i - 1] for i in sorted(set(runs.section[~runs.part.duplicated()])) if i]
-    for line in headings:
-        what = "a heading, begins a part" if line in begun else "a heading, left out"
-        notes.add(what, line)
+    sections_begun = set(runs.section[~runs.part.duplicated()])
+    for section, line in enumerate(headings, start=1):
+        begins = section in sections_begun
+        notes.add("a heading, begins a part" if begins else "a heading, left out", line)
+    known = {*COLUMNS, "kept", "memory_mb", "seed"}
     lacking = {"commit", "memory_gb", "description"} - set(names)
     if "memory_mb" in names:
         lacking.discard("memory_gb")
     others = {
-        "columns not read:": [n for n in names if n not in [*COLUMNS, "kept", "memory_mb", "seed"]],
+        "columns not read:": [name for name in names if name not in known],
         "no column": [name for name in COLUMNS if name in lacking],
         f"discard without a {ratchet.METRIC}, counted as a crash: run": runs.index[failed],
         "one commit, several ideas (never committed?), each row for itself:": shared,
@@ -439,13 +448,40 @@ def names_baseline(text):
     match = re.match(r"(?i)((?:[\w.'/()-]+\s+){0,4})baseline\b(.*)", text)
     if not match:
         return False
-    before, after = match[1].lower().split(), match[2].lower()
+    before = match[1].lower().split()
+    after = match[2].lower()
     if before == ["new"] and after.startswith((" on ", " for ")):
         return True
     if any(f" {word} " in NO_BASELINE for word in before) or re.match(r"-\w|\s*[+&]", after):
         return False
     is_change = re.match(r"\s(with|without|plus|minus|but|and)\b", after)
     return bool(before) or not is_change
+
+
+def plain_words(runs, is_baseline):
+    """Return each run's words without what says that it is a repeat, and whether none are left."""
+    words = runs.description.str.replace(r"(^|[, (]+)seed \d+\)?$", "", regex=True)
+    again = words.str.contains(r"(?:^|\s)again$") | (words == "")
+    words = words.str.replace(r"[, (]*\b(again|re-?run|repeat(ed)?)\)?$", "", regex=True)
+    # "Baseline (run 2)" and "baseline re-measured" are the baseline
+    repeat = r"(?i)seed\W*\d+|\b(?:re-?(run|measured?|check(ed)?)|run|repeat|again|\d\d?)\b|\W"
+    plain = words[is_baseline].str.lower().str.replace(repeat, " ", regex=True)
+    return words.mask(is_baseline, plain.str.split().str.join(" ")), again
+
+
+def discards_put_back(runs, words, shared, commit):
+    """Return a mask of the discards that stand under the hash of one kept idea.
+
+    HEAD was put back to the kept commit before the row was written.
+    """
+    put_back = pd.Series(False, runs.index)
+    for _, group in words[shared].groupby([runs.part[shared], commit[shared]]):
+        is_kept = runs.status[group.index] == "keep"
+        kept_words = group[is_kept].dropna().unique()
+        others = group.index[~is_kept & ~group.isin(kept_words)]
+        if len(kept_words) == 1 and len(others) == (~is_kept).sum():
+            put_back[others] = True
+    return put_back
 
 
 def tell_apart(runs):
@@ -461,27 +497,16 @@ def tell_apart(runs):
     is_baseline = (runs.status == "baseline") | runs.description.map(names_baseline)
     is_baseline |= ~is_hash & runs.commit.map(names_baseline)
     runs["status"] = runs.status.replace("baseline", "keep")
-
-    words = runs.description.str.replace(r"(^|[, (]+)seed \d+\)?$", "", regex=True)
-    again = words.str.contains(r"(?:^|\s)again$") | (words == "")
-    words = words.str.replace(r"[, (]*\b(again|re-?run|repeat(ed)?)\)?$", "", regex=True)
-    repeat = r"(?i)seed\W*\d+|\b(?:re-?(run|measured?|check(ed)?)|run|repeat|again|\d\d?)\b|\W"
-    plain = words[is_baseline].str.lower().str.replace(repeat, " ", regex=True)
-    words = words.mask(is_baseline, plain.str.split().str.join(" "))
+    words, again = plain_words(runs, is_baseline)
     runs["part"] = number_parts(runs, commit, words, again, is_baseline)
 
-    verdicts = runs.status.mask(is_baseline | (runs.status == "crash"))
-    told = pd.DataFrame({"words": words.mask(again), "verdicts": verdicts})
-    groups = [runs.part, commit]
-    shared = (told.groupby(groups).transform("nunique") > 1).any(axis=1)
-    put_back = pd.Series(False, runs.index)
-    for _, group in told[shared].groupby([runs.part[shared], commit[shared]]):
-        is_kept = runs.status[group.index] == "keep"
-        kept_words = group.words[is_kept].dropna().unique()
-        others = group.index[~is_kept & ~group.words.isin(kept_words)]
-        if len(kept_words) == 1 and len(others) == (~is_kept).sum():
-            shared[group.index] = False
-            put_back[others] = True
+    told = pd.DataFrame({"words": words.mask(again)})
+    told["verdict"] = runs.status.mask(is_baseline | (runs.status == "crash"))
+    per_commit = told.groupby([runs.part, commit])
+    shared = (per_commit.transform("nunique") > 1).any(axis=1)
+    put_back = discards_put_back(runs, told.words, shared, commit)
+    is_settled = put_back.groupby([runs.part, commit]).transform("any")
+    shared &= ~is_settled
     runs["own"] = is_hash & ~shared & ~put_back
     idea = commit.mask(shared, (commit + " " + words).where(is_baseline, alone))
     idea = idea.mask(put_back, alone)
@@ -495,8 +520,10 @@ def number_parts(runs, commit, words, again, is_baseline):
     A heading begins a part if the run after it was kept: a discard was measured against what
     stands above the heading.
     """
-    parts, base, section = [], None, 0
+    parts = []
     part = 0
+    section = 0
+    base = None  # commit and words of the baseline
     starts = is_baseline & (runs.status == "keep")
     for name, text, is_again, is_start, status, heading in zip(
         commit, words, again, starts, runs.status, runs.section, strict=True
@@ -548,7 +575,8 @@ def experiments(runs):
     runs = runs.reset_index()
     ideas = runs.groupby("idea", sort=False)
     table = ideas[["run", "commit", "own", "memory_gb", "description", "part"]].first()
-    table["value"], table["num_runs"] = ideas.value.mean(), ideas.value.count()
+    table["value"] = ideas.value.mean()
+    table["num_runs"] = ideas.value.count()
     valid = runs[runs.status != "crash"]
     table["status"] = valid.groupby("idea").status.last()
     table["status"] = table.status.fillna("crash")
@@ -557,7 +585,8 @@ def experiments(runs):
     table = table.sort_values("status", key=lambda s: s != "baseline", kind="stable")
     table["number"] = range(len(table))
 
-    by_idea, repeats = {}, []  # runs of ideas that ran once say nothing of the noise
+    by_idea = {}
+    repeats = []  # with their numbers; ideas that ran once say nothing of the noise
     is_repeated = table.num_runs > 1
     for run, idea, seed, value in zip(valid.run, valid.idea, valid.seed, valid.value, strict=True):
         by_idea.setdefault(idea, []).append(ratchet.Run(idea, seed, value))
@@ -565,7 +594,7 @@ def experiments(runs):
             repeats.append((run, by_idea[idea][-1]))
     noise = ratchet.noise_of([run for _, run in repeats])
 
-    gains, bars = {}, {}
+    verdicts = {}
     steps = kept_of(table).sort_values("run", kind="stable")
     next_runs = dict(zip(table.index, table.run.shift(-1), strict=True))
     for parent, idea in itertools.pairwise(steps.index):
@@ -574,10 +603,10 @@ def experiments(runs):
             noise_then = ratchet.noise_of(by_then)
             if math.isnan(noise_then):
                 noise_then = noise
-            verdict = compare(by_idea[idea], by_idea[parent], noise_then)
-            gains[idea], bars[idea] = verdict.gain, verdict.bar
-    table["gain"] = pd.Series(gains, dtype=float)
-    table["bar"] = pd.Series(bars, dtype=float)
+            verdicts[idea] = compare(by_idea[idea], by_idea[parent], noise_then)
+    for name in ("gain", "bar"):
+        values = {idea: getattr(verdict, name) for idea, verdict in verdicts.items()}
+        table[name] = pd.Series(values, dtype=float)
     return table, noise
 
 
@@ -629,12 +658,14 @@ def summary(title, runs):
     if steps.empty:
         lines.append("  baseline     none: every run crashed")
     else:
-        base, best, last = steps.iloc[0], steps.loc[best_of(steps.value)], steps.iloc[-1]
+        base = steps.iloc[0]
+        best = steps.loc[best_of(steps.value)]
+        last = steps.iloc[-1]
         gain = ratchet.gain_of(base.value, best.value)
         digits = 6 if abs(base.value) >= 1e-3 else 12
-        known = (
-            f"{noise:.{digits}f}" if noise >= 0 else "unknown: run the baseline with other seeds"
-        )
+        known = "unknown: run the baseline with other seeds"
+        if noise >= 0:
+            known = f"{noise:.{digits}f}"
         share = f"  {gain / abs(base.value):.2%}" if base.value else ""
         times = f", {gain / noise:.1f} times the noise" if noise > 0 else ""
 
@@ -701,9 +732,8 @@ def label_of(idea, labels):
     """Return at most LABEL_CHARS of what an idea is, in whole words, or the person's own words."""
     if idea.status == "baseline":
         return "baseline"
-    text = (
-        labels.get(idea.commit) or re.sub(r"^[\w /-]{1,25}: ", "", idea.description) or idea.commit
-    )
+    without_axis = re.sub(r"^[\w /-]{1,25}: ", "", idea.description)
+    text = labels.get(idea.commit) or without_axis or idea.commit
     if len(text) <= LABEL_CHARS:
         return text
     clause = re.split(r"[,;]\s", text)[0].strip()
@@ -721,7 +751,8 @@ def sentence(title, table):
     text = f"{title}: {len(table) - len(steps) + num_kept} ideas, {num_kept} kept"
     if steps.empty:
         return text
-    base, best = steps.value.iloc[0], steps.value[best_of(steps.value)]
+    base = steps.value.iloc[0]
+    best = steps.value[best_of(steps.value)]
     unit = "bits per byte" if ratchet.METRIC == "val_bpb" else ratchet.METRIC
     return f"{text}, {shown(base, base - best)} to {shown(best, base - best)} {unit}"
 
@@ -737,7 +768,8 @@ def view(values, steps, noise):
     values = sign * values.dropna()
     steps = sign * steps
     noise = 0.0 if math.isnan(noise) else noise
-    best, first = steps.min(), steps.iloc[0]
+    best = steps.min()
+    first = steps.iloc[0]
     late = steps[steps - best <= (first - best) / 10]
     if len(late) > max(3, len(steps) / 2) and (first - best) / 10 > 3 * noise:
         first = late.max()
