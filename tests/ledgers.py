@@ -406,7 +406,7 @@ bbbbbb1|1.020000|44.0|discard|warmup
 bbbbbb2|0.980000|44.0|keep|tie
 """,
         ((2, 2, 0, 1.0, 0.98),),
-        notes=("bbbbbb1",),
+        notes=("discards under the hash of a kept commit, each for itself: bbbbbb1",),
     ),
     Ledger(
         "never committed",
