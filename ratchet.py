@@ -1673,12 +1673,13 @@ def verb_wave(options, call):
             files = git("diff", "--name-only", "--relative", f"{commit}^", commit).split()
             if files != [CANVAS]:
                 raise Refused(f"{name} is no idea: it changes {', '.join(files) or 'nothing'}")
+            if night.rows_of(commit) and git("rev-parse", f"{commit}^") == night.head:
+                raise Refused(f"{name} was tried on {night.head[:7]}: {ME} show {name}")
             if commit not in commits:
                 commits.append(commit)
         jobs = options.jobs or (len(commits) if night.facts["launch"] else 1)
-        ideas = begin_wave(night, call, commits, jobs, night.kept)
-        for idea in [i for i in ideas if night.rows_of(i)]:
-            call.say(f"{idea[:7]} has its row already")
+        if not begin_wave(night, call, commits, jobs, night.kept):
+            raise Refused(f"none of these applies to {night.head[:7]}")
     call.may_run = True
     return advance(call)[1]
 
@@ -1718,7 +1719,7 @@ def verb_final(options, call):
                     call.going = [Training(folder, read_json(folder / "job.json"), {})]
         if not missing:
             break
-        wait_for(call, POLL_SECONDS[1])
+        wait_for(call, POLL_SECONDS[0])
         if time.monotonic() >= call.deadline and call.going:
             return running(night, call)
         call.going = []

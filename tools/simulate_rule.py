@@ -31,8 +31,9 @@ HOUR = 10  # runs in an hour
 SEEDS = (42, 43, 44)
 LOSS = 3.0  # mean loss of a bad idea
 MIXES = ((0.2, 0.5), (0.2, 2.0), (0.1, 1.0))  # share of good ideas, their mean gain
+POOR_MIXES = ((0.05, 1.0), (0.1, 0.3))  # the same, of a night whose easy ideas are gone
 SIMPLE = (0.3, 0.3)  # share of ideas that simplify, standard deviation of what they gain
-ENOUGH = 200  # commits with repeats, the latest ones, that a wave's noise is reckoned from
+ENOUGH = 50  # commits with repeats, the latest ones, that the noise in waves is reckoned from
 
 
 class Rule(NamedTuple):
@@ -56,6 +57,7 @@ RULES = {
     "this rule, true noise known": Rule({}, noise_is_known=True),
     "this rule, parent never again": Rule({"PARENT_AGE_MINUTES": math.inf}),
 }
+POOR_RULES = (ORIGINAL, BEFORE, "old bars", "this rule")  # that are tried on POOR_MIXES
 CONSTANTS = [
     "LOW",
     "HIGH",
@@ -390,45 +392,44 @@ def standard_error(values):
     return values.std(ddof=1) / len(values) ** 0.5
 
 
-def print_gains(cells, machines):
-    """Print each rule's true gain and share of real keeps."""
-    print_row("rule", machines)
-    print_row("---", ["---"] * len(machines))
-    for rule in RULES:
-        row = []
-        for machine in machines:
-            results = [cells[rule, machine, mix, 0.0] for mix in MIXES]
-            texts = [f"{gains.mean():.2f} ({real_share(keeps):.0%})" for gains, keeps in results]
-            row.append("; ".join(texts))
-        print_row(rule, row)
-    errors = [
-        max(
-            standard_error(cells[rule, machine, mix, 0.0][0])
-            for rule in RULES
-            for machine in machines
-        )
-        for mix in MIXES
-    ]
-    print("\nStandard error of these gains, at most:", "; ".join(f"{e:.2f}" for e in errors))
-
-
-def print_differences(cells, machines):
-    """Print by how much each rule gains more than the rule before, in per cent of that."""
-    print(f"\nGain over that of {BEFORE}, per cent, +- the standard error of the difference.\n")
-    rules = [rule for rule in RULES if rule != BEFORE]
+def print_gains(cells, rules, machines, mixes):
+    """Print each rule's true gain and share of real keeps, in each cell mix by mix."""
+    words = "; ".join(f"{share:.0%} of mean {gain:g}" for share, gain in mixes)
+    print(f"\nTrue gain and share of real keeps. Good ideas: {words}.\n")
     print_row("rule", machines)
     print_row("---", ["---"] * len(machines))
     for rule in rules:
         row = []
         for machine in machines:
+            results = [cells[rule, machine, mix, 0.0] for mix in mixes]
+            texts = [f"{gains.mean():.2f} ({real_share(keeps):.0%})" for gains, keeps in results]
+            row.append("; ".join(texts))
+        print_row(rule, row)
+
+
+def print_differences(cells, rules, machines, mixes, percent=True):
+    """Print what each rule gains more than the rule before, +- the standard error of that."""
+    unit = "per cent of that" if percent else "noises"
+    print(f"\nGain over that of {BEFORE!r}, in {unit}, +- the difference's standard error.\n")
+    print_row("rule", machines)
+    print_row("---", ["---"] * len(machines))
+    for rule in rules:
+        if rule == BEFORE:
+            continue
+        row = []
+        for machine in machines:
             texts = []
-            for mix in MIXES:
+            for mix in mixes:
                 before, _ = cells[BEFORE, machine, mix, 0.0]
                 gains, _ = cells[rule, machine, mix, 0.0]
-                unit = before.mean() / 100
-                difference = (gains - before).mean() / unit
-                error = standard_error(gains - before) / unit
-                texts.append(f"{difference:+.1f} +- {error:.1f}")
+                more = gains - before
+                mean = more.mean()
+                error = standard_error(more)
+                if percent:
+                    per_cent = 100 / abs(before.mean())
+                    texts.append(f"{mean * per_cent:+.1f} +- {error * per_cent:.1f}")
+                else:
+                    texts.append(f"{mean:+.2f} +- {error:.2f}")
             row.append("; ".join(texts))
         print_row(rule, row)
 
@@ -482,21 +483,27 @@ def main():
         keys = [
             (rule, machine, mix, 0.0) for rule in RULES for machine in MACHINES for mix in MIXES
         ]
+        keys += [
+            (rule, machine, mix, 0.0)
+            for rule in POOR_RULES
+            for machine in OLD_MACHINES
+            for mix in POOR_MIXES
+        ]
         keys += [(rule, STEADY, MIXES[-1], SIMPLE[0]) for rule in RULES]
-        cells = {}
-        for rule, machine, mix, share_simple in keys:
-            cells[rule, machine, mix, share_simple] = pool.submit(
+        futures = {}
+        for key in keys:
+            rule, machine, mix, share_simple = key
+            futures[key] = pool.submit(
                 play, rule, mix, machine, share_simple, args.nights, constants
             )
-        cells = {key: future.result() for key, future in cells.items()}
+        cells = {key: future.result() for key, future in futures.items()}
 
-    mixes = "; ".join(f"{share:.0%} of mean {gain:g}" for share, gain in MIXES)
-    print(f"True gain of a night's {RUNS} runs, in brackets the share of keeps that are real.")
-    print(f"In each cell three mixes of good ideas: {mixes}.")
+    print(f"Nights of {RUNS} runs, {args.nights} in each cell.")
     for machines in (OLD_MACHINES, NEW_MACHINES):
-        print()
-        print_gains(cells, machines)
-        print_differences(cells, machines)
+        print_gains(cells, RULES, machines, MIXES)
+        print_differences(cells, RULES, machines, MIXES)
+    print_gains(cells, POOR_RULES, OLD_MACHINES, POOR_MIXES)
+    print_differences(cells, POOR_RULES, OLD_MACHINES, POOR_MIXES, percent=False)
     print_simplifications(cells)
 
 
