@@ -736,7 +736,7 @@ def label_of(idea, labels):
     text = labels.get(idea.commit) or without_axis or idea.commit
     if len(text) <= LABEL_CHARS:
         return text
-    clause = re.split(r"[,;:]\s|\s[(—–-]", text)[0].strip()
+    clause = re.split(r"[,;:]\s|\s[(\u2013\u2014-]", text)[0].strip()
     if LABEL_CHARS / 2 <= len(clause) <= LABEL_CHARS:
         return clause
     words = text[:LABEL_CHARS].rsplit(" ", 1)[0]
