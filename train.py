@@ -581,10 +581,11 @@ def cause_of(error):
 
 def is_out_of_memory(error):
     """Return whether an error of CUDA, of MPS or of a CPU says that memory is short."""
-    says_so = "out of memory" in str(error) or "can't allocate memory" in str(error)
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and says_so
-    )
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    says_so = "out of memory" in text or "can't allocate memory" in text
+    return says_so and isinstance(error, RuntimeError)
 
 
 def choose_dtype(device):
@@ -635,10 +636,9 @@ def warm_up(model, optimizers, rows, seq_len, vocab_size, device):
     All that can fail, must be compiled or takes memory is tried here, before the clock starts.
     Return the bytes of GPU memory that this took besides weights, gradients and optimizer state.
     """
-    context = prepare.MAX_SEQ_LEN
-    tokens = torch.randint(vocab_size, (rows, context), device=device)
-    inputs = tokens[:, :seq_len].contiguous()
+    inputs = torch.randint(vocab_size, (rows, seq_len), device=device)
     targets = inputs.clone()  # two tensors, as the loader gives: compiled code tells that apart
+    context = torch.randint(vocab_size, (rows, prepare.MAX_SEQ_LEN), device=device)
     try:
         for _ in range(2 if ON_CUDA else 1):  # 2nd: gradients and optimizer state in memory
             model(inputs, targets).backward()
@@ -646,7 +646,7 @@ def warm_up(model, optimizers, rows, seq_len, vocab_size, device):
                 optimizer.step()
         model.eval()
         with torch.compiler.set_stance("eager_on_recompile"):
-            prepare.score_batch(model, tokens, tokens, vocab_size)
+            prepare.score_batch(model, context, context, vocab_size)
         model.train()
         return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() if ON_CUDA else 0
     finally:
