@@ -31,9 +31,9 @@ STUB = '''"""A stand-in for the training: an idea is another GAIN."""
 import os
 import time
 
+seed = int(os.environ["AUTORESEARCH_SEED"])
 GAIN = 0.0
 SECONDS = 0
-seed = int(os.environ["AUTORESEARCH_SEED"])
 with open(STARTS, "a") as starts:
     starts.write(f"{GAIN} seed {seed}\\n")
 time.sleep(SECONDS)
@@ -178,7 +178,8 @@ class Night:
         self.check("train.py is put back", "GAIN = 0.1\n" in self.read("train.py"))
 
         before = len(self.starts())
-        yield from self.idea("0.1005", "data order: nothing much")
+        lucky = "0.1005 - (seed - 42) / 100"  # unclear under the first seed, a loss under the next
+        yield from self.idea(lucky, "data order: lucky")
         self.check("try: DISCARD, after a second run", self.answer() == "DISCARD")
         self.check("two trainings or more", len(self.starts()) >= before + 2)
 
