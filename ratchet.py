@@ -14,7 +14,7 @@ nothing of the model or of the metric. What it knows of a night is in git, resul
 
 Any command may be killed at any time. The next one looks at these and goes on.
 
-Sections: the rule, the ledger, git, a run, the night, deciding, answers, verbs, command line.
+Sections: the rule, the ledger, git, a run, the night, deciding, waves, verbs, command line.
 """
 
 import argparse
@@ -387,6 +387,7 @@ class Training(NamedTuple):
     folder: Path
     job: dict  # what was to be run
     result: dict  # what came of it; empty while it runs, or if it was cut off
+    going: bool  # whether its runner lives and has written no result
 
     @property
     def value(self):
@@ -551,7 +552,9 @@ def attempts(tag, commit, split="val"):
     for path in RUNS.glob(f"{commit[:7]}-*/job.json"):
         job = read_json(path)
         if job["tag"] == tag and job["split"] == split:
-            found.append(Training(path.parent, job, read_json(path.parent / "result.json")))
+            going = is_going(path.parent)  # asked first: a run that ends now has a result then
+            result = read_json(path.parent / "result.json")
+            found.append(Training(path.parent, job, result, going and not result))
     return sorted(found, key=lambda training: training.job["started"])
 
 
@@ -847,6 +850,7 @@ class Call:
         self.going = []  # runs to wait for
         self.failed = None  # the run that the answer is about, if it gave no number
         self.device_busy = False
+        self.pause = POLL_SECONDS[0]  # before it is asked again whether the device is free
         self.lines = []
 
     def say(self, line):
@@ -951,7 +955,10 @@ def decide(night, idea):
     runs = [Run(idea[:7], t.job["seed"], t.value) for t in trainings]
     noise = noise_of([row.run for row in night.rows if row.status != "crash"] + runs)
     verdict = judge(runs, parent, noise, takes_out_code(night.kept, idea))
-    if verdict.word == "repeat" and not second and not same_losses(night, first):
+    unclear = first.folder / "unclear"  # once said, it holds: both run again, whatever comes
+    if not second and verdict.word == "repeat" and not same_losses(night, first):
+        unclear.touch()
+    if not second and unclear.exists():
         since = first.job["started"]
         theirs = [t for t in valid_attempts(night, night.kept) if t.job["started"] > since]
         if not any(t.job["seed"] == SEEDS[1] for t in theirs):
@@ -979,7 +986,7 @@ def same_losses(night, training):
 def idea_rows(night, idea, verdict, trainings, words):
     """Return the rows of a decided idea."""
     for note in sorted({note for t in trainings for note in t.result["notes"]}):
-        words += f" [{note}]"
+        words += f" [{note}]"  # for a person's eyes: no verdict depends on it
     if verdict.word == "discard" and same_losses(night, trainings[0]):
         words += NO_EFFECT
     return [row_of(training, verdict.word, words) for training in trainings]
@@ -1022,7 +1029,7 @@ def work_on(night, call, needs, jobs, patient=False):
     waiting = []
     for need in needs:
         training = last_attempt(night, need)
-        if training and not training.result and is_going(training.folder):
+        if training and training.going:
             call.going.append(training)
             call.watched.add(training.folder.name)
             continue
@@ -1046,7 +1053,7 @@ def work_on(night, call, needs, jobs, patient=False):
             call.device_busy = True
             break
         call.watched.add(folder.name)
-        call.going.append(Training(folder, read_json(folder / "job.json"), {}))
+        call.going.append(Training(folder, read_json(folder / "job.json"), {}, True))
     return failed
 
 
@@ -1067,11 +1074,13 @@ def step(night, call):
     needs, verdict, trainings = decide(night, idea)
     if verdict:
         night.book(idea_rows(night, idea, verdict, trainings, subject(idea)))
+        for note in trainings[-1].result["notes"]:
+            call.say(f"odd: {note}")
         if verdict.word == "discard":
             put_back(night, call)
         return verdict_on(night, idea)
     tried = attempts(night.tag, idea)
-    if night.over() and not trainings and not (tried and is_going(tried[-1].folder)):
+    if night.over() and not trainings and not (tried and tried[-1].going):
         return Answer("OVER", f"{night.over()}; {idea[:7]} was not finished")
     failed = work_on(night, call, needs, jobs=1)
     return failure(night, call, failed) or await_runs(call, idea[:7])
@@ -1119,7 +1128,7 @@ def verdict_on(night, commit):
     experiment = found[0]
     word = experiment.status.upper()
     if not experiment.runs:
-        return Answer(word, f"{commit[:7]} is given up: {experiment.idea}"[:LINE])
+        return Answer("DISCARD", f"{commit[:7]} is booked as a crash: {experiment.idea}"[:LINE])
     if experiment.idea.endswith(NO_EFFECT):
         return Answer(word, "no effect: every loss is its parent's; is the edit reached?")
     simpler = takes_out_code(full_commit(night.tag, experiment.parent), commit)
@@ -1151,7 +1160,6 @@ def mean_value(runs):
 
 def advance(call, commit=None):
     """Go on until there is an Answer or the call's time is over; commit: what the call is about."""
-    pause = POLL_SECONDS[0]
     while True:
         with one_at_a_time():
             night = Night()
@@ -1163,22 +1171,29 @@ def advance(call, commit=None):
             return night, answer
         if not call.may_run:
             return night, running(night, call)
-        pause = wait_for(call, pause)
+        wait_for(call)
         if time.monotonic() >= call.deadline:
             if call.going:
                 return night, running(night, call)
             return night, Answer("BUSY", f"another training has this device: {ME} wait")
 
 
-def wait_for(call, pause):
-    """Sleep until a run ends or the call's time is over; return how long to sleep at first."""
-    while True:
-        left = call.deadline - time.monotonic()
-        time.sleep(max(0.0, min(pause, left)))
+def wait_for(call):
+    """Sleep until one of the call's runs ends; where the device is in use, longer each time."""
+    if not call.going:
+        sleep_until(call, call.pause)
+        call.pause = min(2 * call.pause, POLL_SECONDS[1])
+        return
+    call.pause = POLL_SECONDS[0]
+    pause = POLL_SECONDS[0]
+    while all(is_going(t.folder) for t in call.going) and time.monotonic() < call.deadline:
+        sleep_until(call, pause)
         pause = min(1.2 * pause, POLL_SECONDS[1])
-        ended = not call.going or any(not is_going(t.folder) for t in call.going)
-        if ended or left <= 0:
-            return pause if not call.going else POLL_SECONDS[0]
+
+
+def sleep_until(call, seconds):
+    """Sleep so long, but not past the end of the call."""
+    time.sleep(max(0.0, min(seconds, call.deadline - time.monotonic())))
 
 
 def running(night, call):
@@ -1195,7 +1210,8 @@ def running(night, call):
     return Answer("RUNNING", f"{left:.0f} s left of {who}: {ME} wait")
 
 
-# A wave: several ideas on one parent, each a run of its own, then the keeps on top of each other
+# --- Waves ----------------------------------------------------------------------------------------
+# Several ideas on one parent, each a run of its own; then the keeps, one on top of the other.
 
 
 def read_wave():
@@ -1337,6 +1353,7 @@ def verb_start(options, call):
             "launch": options.launch,
         }
         if begun and options.renew:
+            facts["launch"] = options.launch or (read_facts(tag) or facts)["launch"]
             write_facts(branch, f"refs/tags/base/{branch}^0", facts)
         if not begun:
             begin_night(branch, facts)
@@ -1355,7 +1372,7 @@ def verb_start(options, call):
 
 def begin_night(branch, facts):
     """Check that a night can begin here; write tag, ledger and branch, in this order."""
-    edited = [n for n in edited_files() if n == CANVAS or n in CONTRACT or n.endswith(".py")]
+    edited = [name for name in edited_files() if name.endswith((".py", ".toml"))]
     if edited:
         raise Refused(f"{edited[0]} has uncommitted edits: commit or undo them")
     if git_or_none("var", "GIT_COMMITTER_IDENT") is None:
@@ -1701,38 +1718,42 @@ def verb_final(options, call):
             raise Refused(f"the night goes on: end it first with {ME} stop --night")
         if night.kept == night.base:
             raise Refused("nothing was kept, so there is nothing to compare with the base")
+    wanted = [(commit, seed) for seed in SEEDS for commit in (night.base, night.kept)]
+    values = {}
     while True:
-        missing = []
         with one_at_a_time():
-            values = {}
-            for seed in SEEDS:
-                for commit in (night.base, night.kept):
-                    tried = attempts(night.tag, commit, "test")
-                    tried = [t for t in tried if t.job["seed"] == seed]
-                    done = [t for t in tried if t.result.get("word") == "valid"]
-                    going = [t for t in tried if is_going(t.folder)]
-                    failed = [t for t in tried if t.folder.name in call.watched and t.result]
-                    if done:
-                        values[commit, seed] = done[-1].value
-                    elif failed:
-                        return Answer(
-                            "CRASH", f"{failed[-1].folder.name}: {failed[-1].result['why']}"
-                        )
-                    else:
-                        missing.append((commit, seed))
-                        call.going += going
-            if missing and not call.going:
-                folder = start_run(night, *missing[0], split="test", foreground=call.foreground)
-                if folder:
-                    call.watched.add(folder.name)
-                    call.going = [Training(folder, read_json(folder / "job.json"), {})]
-        if not missing:
-            break
-        wait_for(call, POLL_SECONDS[0])
-        if time.monotonic() >= call.deadline and call.going:
-            return running(night, call)
-        call.going = []
-    return final_table(night, call, values)
+            failed = step_final(night, call, wanted, values)
+        if failed:
+            show_end_of_log(call, failed, lines=6)
+            return Answer("CRASH", f"{failed.folder.name}: {failed.result.get('why', 'cut off')}")
+        if len(values) == len(wanted):
+            return final_table(night, call, values)
+        wait_for(call)
+        if time.monotonic() >= call.deadline:
+            return Answer("RUNNING", f"{len(values)} of {len(wanted)} runs are done: {ME} final")
+
+
+def step_final(night, call, wanted, values):
+    """Take in what was scored on the test shard and start what is missing; return a failed run."""
+    call.going = []
+    for commit, seed in wanted:
+        tried = attempts(night.tag, commit, "test")
+        last = ([t for t in tried if t.job["seed"] == seed] or [None])[-1]
+        if last and last.result.get("word") == "valid":
+            values[commit, seed] = last.value
+        elif last and last.going:
+            call.watched.add(last.folder.name)
+            call.going = [last]
+            return None
+        elif last and last.folder.name in call.watched:
+            return last
+        else:
+            folder = start_run(night, commit, seed, split="test", foreground=call.foreground)
+            if folder:
+                call.watched.add(folder.name)
+                call.going = [Training(folder, {}, {}, True)]
+            return None
+    return None
 
 
 def final_table(night, call, values):
@@ -1832,7 +1853,7 @@ def make_parser():
         metavar="COMMAND",
         help="what goes in front of each training; {slot} is the number of a device, from 0",
     )
-    start.add_argument("--renew", action="store_true", help="replace the limits of a night")
+    start.add_argument("--renew", action="store_true", help="give a night these limits instead")
     attempt = add("try", "commit train.py, train, judge, keep or put back", runs=True)
     attempt.add_argument("idea", nargs="?", help='"axis: idea", one line; - reads it from stdin')
     attempt.add_argument("--file", help="a file that holds the idea")

@@ -4,10 +4,12 @@ import math
 import random
 import statistics
 
+import numpy as np
 import pytest
 
 import ratchet
 from ratchet import Run, gain_of, judge, noise_of
+from tools import simulate_rule
 
 
 def runs_of(commit, *values, first_seed=42):
@@ -199,3 +201,41 @@ def test_any_decrease_is_a_persons_wish(plain_bars, monkeypatch, noise):
 def test_the_shipped_bars_leave_something_to_repeat():
     assert ratchet.SIMPLER < 0 <= ratchet.LOW < ratchet.HIGH
     assert ratchet.LOW < ratchet.BAR < ratchet.HIGH
+
+
+# --- Simulation -----------------------------------------------------------------------------------
+
+
+def no_noise(rng, num_nights):
+    return np.zeros((num_nights, simulate_rule.RUNS))
+
+
+def test_a_simulated_night_without_noise_keeps_the_good_ideas_and_no_other():
+    machine = simulate_rule.Machine(noise=no_noise)
+    for night in simulate_rule.make_nights(5, (0.3, 1.0), machine):
+        true_gain, keeps = simulate_rule.play_rule(night)
+        good = [gain for gain in night.gains if gain > 0]
+        assert len(keeps) >= 10
+        assert [gain for gain, _ in keeps] == good[: len(keeps)]
+        assert true_gain == pytest.approx(sum(good[: len(keeps)]))
+
+
+def test_simulated_rules_get_the_same_nights_and_the_constants_come_back():
+    arguments = ((0.2, 0.5), "steady", 0.0, 3, {})
+    before = vars(ratchet).copy()
+    first, _ = simulate_rule.play("this rule", *arguments)
+    again, _ = simulate_rule.play("this rule", *arguments)
+    strict, keeps = simulate_rule.play("this rule", *arguments[:-1], {"HIGH": 1e9, "BAR": 1e9})
+    assert first.tolist() == again.tolist()
+    assert strict.tolist() == [0.0] * 3
+    assert keeps == ([], [], [])
+    assert vars(ratchet) == before
+
+
+def test_the_noise_of_a_simulated_machine_is_what_its_name_says():
+    rng = np.random.default_rng(0)
+    falling = simulate_rule.falling_noise(rng, 2)
+    assert falling[:, [0, -1]] == pytest.approx(np.array([[1, 1 / 3]] * 2))
+    for noise in (simulate_rule.noisy_hour(rng, 50), simulate_rule.noisy_first_hour(rng, 50)):
+        assert ((noise == 3).sum(axis=1) == simulate_rule.HOUR).all()
+        assert ((noise == 1) | (noise == 3)).all()

@@ -13,6 +13,7 @@ that build on each other, an agent that learns from the ledger.
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,7 @@ LOSS = 3.0  # mean loss of a bad idea
 MIXES = ((0.2, 0.5), (0.2, 2.0), (0.1, 1.0))  # share of good ideas, their mean gain
 POOR_MIXES = ((0.05, 1.0), (0.1, 0.3))  # the same, of a night whose easy ideas are gone
 SIMPLE = (0.3, 0.3)  # share of ideas that simplify, standard deviation of what they gain
-ENOUGH = 50  # commits with repeats, the latest ones, that the noise in waves is reckoned from
+ENOUGH = 200  # runs, the latest ones, that the noise in waves is reckoned from
 
 
 class Rule(NamedTuple):
@@ -106,7 +107,7 @@ class Machine(NamedTuple):
     drift: float = 0.0  # stationary standard deviation of the machine's drift
     memory: int = 1  # runs in which the machine forgets where it was
     seed_share: float = 0.0  # of the variance of one run: what its seed does to all commits alike
-    noise: callable = steady_noise
+    noise: Callable = steady_noise  # (rng, num_nights) to (num_nights, RUNS) deviations
 
 
 STEADY = "steady"
@@ -294,18 +295,25 @@ def play_waves(rng, lanes, num_slots, mix, machine):
             done.append(Run(name, seed, rng.normal() + drift[lane] - gain))
         return done
 
-    def noise(*groups):
-        return noise_of([run for group in [*repeated, *groups] for run in group])
+    def remember(*runs):
+        """Add runs to the history, which has only commits that ran twice or are kept."""
+        nonlocal history, noise
+        history = [*history, *runs][-ENOUGH:]
+        noise = noise_of(history)
 
     (base,) = new_commits([0.0])
     parent_commit = base
     parent = [run(seed, [base])[0] for seed in SEEDS]
-    repeated = []  # the runs of each commit that ran twice or more, but for the parent
+    history = []  # in order of time
+    noise = math.nan
+    remember(*parent)
     waiting = []  # gains of ideas that would have been kept, too
     age = 1  # rows since the parent's last one
     while slots < num_slots:
         if age > max_age:
-            parent += run(42, [parent_commit] * lanes)
+            again = run(42, [parent_commit] * lanes)
+            parent += again
+            remember(*again)
             age = 1 - lanes
         steps = waiting[:lanes]
         waiting = waiting[lanes:]
@@ -315,20 +323,17 @@ def play_waves(rng, lanes, num_slots, mix, machine):
         ideas = new_commits([parent_commit[1] + step for step in steps])
         results = [[first] for first in run(42, ideas)]
         age += lanes
-        noise_now = noise(parent)
-        verdicts = [judge(result, parent, noise_now) for result in results]
+        verdicts = [judge(result, parent, noise) for result in results]
         best = max(range(lanes), key=lambda i: verdicts[i].gain)
         if verdicts[best].word == "repeat":
             parent += run(43, [parent_commit])
             results[best] += run(43, [ideas[best]])
-            verdicts[best] = judge(results[best], parent, noise(parent, results[best]))
+            remember(results[best][0], parent[-1], results[best][1])
+            verdicts[best] = judge(results[best], parent, noise)
             age = 1
-        kept = verdicts[best].word == "keep"
-        done = parent if kept else results[best]
-        if len(done) > 1:
-            repeated.append(done)
-            repeated = repeated[-ENOUGH:]
-        if kept:
+        elif verdicts[best].word == "keep":
+            remember(*results[best])
+        if verdicts[best].word == "keep":
             waiting += [steps[i] for i, v in enumerate(verdicts) if v.word == "keep" and i != best]
             parent_commit = ideas[best]
             parent = results[best]

@@ -81,11 +81,20 @@ def wait_until(true):
 # --- Slurm ----------------------------------------------------------------------------------------
 
 
+def has_ended(pid):
+    """Return whether a process is gone, or is dead and nobody has asked for its status."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    return "\nState:\tZ" in status
+
+
 def end_process(pid_file):
-    """End the process that wrote this file, and wait until it is gone."""
+    """End the process that wrote this file, and wait until it has ended."""
     pid = int(pid_file.read_text())
     os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    wait_until(lambda: has_ended(pid))
 
 
 @contextlib.contextmanager
@@ -163,8 +172,6 @@ class Night:
         self.repo = folder / "repo"
         self.train = self.repo / "train.py"
         self.failures = 0
-        self.env = {n: v for n, v in os.environ.items() if not n.startswith("AUTORESEARCH_S")}
-        self.env["AUTORESEARCH_CORPUS"] = "python"
         sh(f"git clone -q {ROOT} {self.repo}", check=True)
         self.git("remote", "remove", "origin")
         self.git("config", "user.name", "trial")
@@ -173,7 +180,7 @@ class Night:
             set_constants(self.repo / name, values)
         replace_once(self.train, *EAGER)
         self.git("commit", "-q", "-a", "-m", "small")
-        subprocess.run([sys.executable, "prepare.py"], cwd=self.repo, env=self.env, check=True)
+        subprocess.run([sys.executable, "prepare.py"], cwd=self.repo, check=True)
 
     def check(self, label, ok):
         self.failures += not ok
@@ -190,7 +197,6 @@ class Night:
         done = subprocess.run(
             [sys.executable, "ratchet.py", *words],
             cwd=self.repo,
-            env=self.env,
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -340,14 +346,15 @@ def main():
     missing = [name for name in programs if not shutil.which(name)]
     if missing:
         parser.error(f"{', '.join(missing)} cannot be found: install the packages named in --help")
+    os.environ["AUTORESEARCH_CORPUS"] = "python"
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="waves-")))
         night = Night(folder)
         if slurm:
             stack.enter_context(cluster(folder))
         word = night.until_decided("start", "trial", "--launch", LAUNCH[scheduler])
-        night.check("the night has begun", word == "NEXT")
-        night.check("three baselines", [row[3] for row in night.rows()] == ["keep"] * 3)
+        if word != "NEXT" or [row[3] for row in night.rows()] != ["keep"] * 3:
+            sys.exit("FAIL the night did not begin with three baselines")
         ideas = walk_two_ideas(night, slurm)
         ideas += walk_crash_and_hang(night, slurm, folder)
         if slurm:
