@@ -10,6 +10,7 @@ Shapes: B rows, T tokens of context, C model_dim, H heads, D head_dim, V vocabul
 
 import ctypes
 import functools
+import gc
 import json
 import logging
 import math
@@ -661,6 +662,7 @@ def warm_up(model, optimizers, rows, seq_len, vocab_size, device):
 
 def free_gpu_memory():
     """Give back what is no longer in use, and forget the peak."""
+    gc.collect()  # a compiled model refers to itself: it goes when the collector finds it
     if ON_CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -763,7 +765,7 @@ def main():
         model = optimizers = None
         torch.compiler.reset()
         free_gpu_memory()
-    if ON_CUDA and rows != known_rows and rows < DEVICE_BATCH_SIZE:
+    if ON_CUDA and rows != known_rows:
         remember_rows(key, rows)
     free_gpu_memory()
     passes_a_step = rows_a_step // rows
