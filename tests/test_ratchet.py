@@ -867,11 +867,13 @@ def test_two_calls_that_wait_for_one_run_give_one_answer(agent):
     calls = [agent.start_process("try", "width: slow")]
     wait_for(agent.folder / "up")
     calls += [agent.start_process("wait") for _ in range(3)]
-    time.sleep(0.5)
+    time.sleep(1)
     agent.write("go", "")
     said = [call.communicate()[0].splitlines()[-1] for call in calls]
     assert said[0].startswith("DISCARD gain")
-    assert set(said[1:]) <= {said[0], said[-1]}  # a call that came late finds nothing to wait for
+    late = [line for line in said if line != said[0]]  # such a call finds nothing to wait for
+    assert len(late) < 3
+    assert all(line.startswith("NEXT edit") for line in late)
     assert len(agent.rows()) == 4
 
 
@@ -906,7 +908,8 @@ def test_an_orphan_keeps_the_device_and_gives_nobody_its_result(agent):
 def test_a_run_that_ends_while_it_is_asked_for_is_not_taken_for_dead(tmp_path, monkeypatch):
     folder = tmp_path / "abcdef0-42"
     folder.mkdir()
-    job = {"tag": "nov21", "split": "val", "started": 1.0}
+    job = {"tag": "nov21", "commit": "abcdef0", "seed": 42, "split": "val"}
+    job |= {"started": 1.0, "slot": 0}
     (folder / "job.json").write_text(json.dumps(job))
 
     def is_going(folder):
@@ -917,7 +920,7 @@ def test_a_run_that_ends_while_it_is_asked_for_is_not_taken_for_dead(tmp_path, m
     monkeypatch.setattr(ratchet, "RUNS", tmp_path)
     monkeypatch.setattr(ratchet, "is_going", is_going)
     (training,) = ratchet.attempts("nov21", "abcdef0")
-    assert training.going or training.result
+    assert training.word != "cut off"
 
 
 def test_foreground(agent):
@@ -1462,7 +1465,7 @@ def test_everything_that_the_orders_name_exists():
     for words in calls:
         ratchet.make_parser().parse_args(shlex.split(" ".join(words[3:])))
     answers = re.findall(r"^\| `([A-Z]+)` \|", text, re.M)
-    assert sorted(answers) == sorted(ratchet.STATUS)
+    assert sorted(answers) == sorted(ratchet.ANSWERS)
     files = {name for name in named if re.fullmatch(r"[\w.-]+\.\w+", name)}
     assert files == {"prepare.py", "train.py", "results.tsv"}
     contract = (ROOT / "prepare.py").read_text()
