@@ -427,167 +427,6 @@ def read_json(path):
         return {}
 
 
-def attempts(tag, commit, seed=None, since=0.0, split="val"):
-    """Return the Trainings of a commit in this night, in order of time; seed: only this one's."""
-    found = []
-    for path in RUNS.glob(f"{commit[:7]}-*/job.json"):
-        job = read_json(path)
-        if (job["tag"], job["split"]) != (tag, split) or seed not in (None, job["seed"]):
-            continue
-        going = is_going(path.parent)  # asked first: a run that ends now has a result then
-        result = read_json(path.parent / "result.json")
-        word = result.get("word") or ("going" if going else "cut off")
-        run = (path.parent, job["commit"], job["seed"], job["started"], job["slot"], word, result)
-        found.append(Training(*run))
-    found.sort(key=lambda training: training.started)
-    killed = set()
-    for number, training in enumerate(found):
-        if training.word == "killed" and training.seed in killed:  # it would be killed a third time
-            found[number] = training._replace(word="crash")
-        elif training.word == "killed":
-            killed.add(training.seed)
-    return [training for training in found if training.started > since]
-
-
-def read_log(path):
-    """Return the text of a log, without its middle if it is huge, one report a line."""
-    with path.open("rb") as file:
-        text = file.read(LOG_BYTES // 2)
-        size = file.seek(0, os.SEEK_END)
-        if size > LOG_BYTES // 2:
-            file.seek(max(LOG_BYTES // 2, size - LOG_BYTES // 2))
-            text += file.read()
-    return text.decode("utf-8", "replace").replace("\r", "\n")
-
-
-def last_words(text):
-    """Return the line of a log that says how the run failed."""
-    if re.search(r"^Timeout \(\d+:\d+:\d+", text, re.M):
-        return "it ran past HARD_LIMIT"
-    _, traceback, rest = text.rpartition("Traceback (most recent call last):\n")
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if traceback:
-        flush = [line for line in rest.split("\n") if line and not line.startswith(" ")]
-        lines = flush[:1] or lines
-    return lines[-1][:LINE] if lines else "it printed nothing"
-
-
-def find(pattern, text, convert=float, default=None):
-    """Return the last match's first group, converted, or a default."""
-    found = re.findall(pattern, text, re.M)
-    return convert(found[-1]) if found else default
-
-
-def read_result(text, exit_status, job):
-    """Return what a log says of its run, and whether it is valid: a dict for result.json.
-
-    "word" is valid; busy (the machine was not the run's own); killed (from outside); refused (it
-    cannot be compared with the baseline); or crash. "why" says more.
-    """
-    number = r"[-+]?(?:[0-9]+\.?[0-9]*(?:[eE][-+]?[0-9]+)?|nan|inf)"
-    found = re.findall(rf"^(\w+): +({number})$", text, re.M)
-    summary = {name: float(value) for name, value in found}
-    values = [value for name, value in found if name == job["metric"]]
-    memory = summary.get("peak_vram_mb", 0.0)
-    # A run is compared with the baseline's only on the same device, with the same dtype and data
-    setting = {}
-    for line in re.findall(r"^(?:device: .*|corpus: \w+|attention: \S+(?=, ))", text, re.M):
-        setting.setdefault(line.partition(":")[0], line)
-    result = {
-        "exit_status": exit_status,
-        "value": summary.get(job["metric"], math.nan),
-        "memory_mb": memory if math.isfinite(memory) else 0.0,
-        "total_seconds": summary.get("total_seconds"),
-        "steps": find(r"^num_steps: +(\d+)$", text, int),
-        "setting": setting,
-        "compile": find(r"^attention: .*, compile: (\w+)$", text, str),
-        "losses": dict(re.findall(r"^step +(\d+) .*\| loss ([-+.\w]+)", text, re.M)),
-        "notes": odd_speed(summary, find(r"^clock: (\d+) tokens in ", text)),
-        "ended": time.time(),
-    }
-    changed = find(r"^(contract changed: .*)", text, str)
-    busy = find(r"^(machine busy: .*)", text, str)
-    differs = [key for key in job["expected"] if setting.get(key) != job["expected"][key]]
-    word = "valid"
-    why = ""
-    if exit_status in KILLED:
-        word = "killed"
-        why = f"it was killed from outside (status {exit_status})"
-    elif exit_status != 0:
-        word = "crash"
-        why = last_words(text)
-    elif len(values) != 1 or not math.isfinite(result["value"]):
-        word = "crash"
-        said = " and ".join(values) or "missing"
-        why = f"the summary's {job['metric']} is {said}, and has to be one finite number"
-    elif changed:
-        word = "refused"
-        why = changed[:LINE]
-    elif differs:
-        word = "refused"
-        said = setting.get(differs[0], f"{differs[0]}: not said")
-        why = f"{said[:LINE]} (the baseline's is {job['expected'][differs[0]][:LINE]})"
-    elif busy:
-        word = "busy"
-        why = busy[:LINE]
-    return result | {"word": word, "why": why}
-
-
-def odd_speed(summary, clock_tokens):
-    """Return notes where a summary's tokens or speed cannot be what was run."""
-    notes = []
-    tokens = 1e6 * summary.get("total_tokens_M", math.nan)
-    if clock_tokens:
-        # A step that the clock cut short is in no summary, and the summary is rounded
-        a_step = clock_tokens / max(summary.get("num_steps", 1), 1)
-        if abs(tokens - clock_tokens) > 0.01 * clock_tokens + 0.05e6 + a_step:
-            said = f"the summary says {tokens / 1e6:g} M tokens"
-            notes.append(f"{said}, the clock {clock_tokens / 1e6:.1f} M")
-    if summary.get("mfu_percent", 0.0) > 100:
-        notes.append("the speed is above the card's peak")
-    return notes
-
-
-def lock_file(path, how=fcntl.LOCK_EX):
-    """Return a file that holds a lock on path, or None if another process holds it."""
-    try:
-        file = path.open("rb")  # another user's lock file cannot be opened to write
-    except FileNotFoundError:
-        file = path.open("ab")
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
-
-
-def is_going(folder):
-    """Tell whether a run's runner lives; it holds the lock until its result is written."""
-    if not (folder / "alive").exists() or (folder / "result.json").exists():
-        return False
-    lock = lock_file(folder / "alive", fcntl.LOCK_SH)
-    if lock:
-        lock.close()
-    return lock is None
-
-
-def device_lock(launch, slot):
-    """Return the path of the lock of the device that a training takes, None if a scheduler's.
-
-    The lock is the machine's and not the clone's, so that two nights share no device.
-    """
-    if "{slot}" in launch:
-        device = launch.replace("{slot}", str(slot))
-    elif launch:
-        return None
-    else:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-        device = f"device {visible or 'cpu'}"
-    name = hashlib.sha256(device.encode()).hexdigest()[:16]  # a device's name may hold a slash
-    return Path(tempfile.gettempdir()) / f"autoresearch-{name}.lock"
-
-
 def unused(stem, suffix=""):
     """Return a path in runs/ that does not exist."""
     path = RUNS / f"{stem}{suffix}"
@@ -610,6 +449,36 @@ def make_snapshot(night, need):
             (folder / file).write_bytes(git_bytes("show", f"{night.base}:./{file}"))
     (folder / CANVAS).write_bytes(git_bytes("show", f"{need.commit}:./{CANVAS}"))
     return folder
+
+
+def lock_file(path, how=fcntl.LOCK_EX):
+    """Return a file that holds a lock on path, or None if another process holds it."""
+    try:
+        file = path.open("rb")  # another user's lock file cannot be opened to write
+    except FileNotFoundError:
+        file = path.open("ab")
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def device_lock(launch, slot):
+    """Return the path of the lock of the device that a training takes, None if a scheduler's.
+
+    The lock is the machine's and not the clone's, so that two nights share no device.
+    """
+    if "{slot}" in launch:
+        device = launch.replace("{slot}", str(slot))
+    elif launch:
+        return None
+    else:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+        device = f"device {visible or 'cpu'}"
+    name = hashlib.sha256(device.encode()).hexdigest()[:16]  # a device's name may hold a slash
+    return Path(tempfile.gettempdir()) / f"autoresearch-{name}.lock"
 
 
 def hard_limit(base):
@@ -724,6 +593,137 @@ def keep_log(log):
         copy = ROOT / f".run.log.{os.getpid()}"
         shutil.copyfile(log, copy)
         copy.replace(shown)
+
+
+def read_log(path):
+    """Return the text of a log, without its middle if it is huge, one report a line."""
+    with path.open("rb") as file:
+        text = file.read(LOG_BYTES // 2)
+        size = file.seek(0, os.SEEK_END)
+        if size > LOG_BYTES // 2:
+            file.seek(max(LOG_BYTES // 2, size - LOG_BYTES // 2))
+            text += file.read()
+    return text.decode("utf-8", "replace").replace("\r", "\n")
+
+
+def find(pattern, text, convert=float, default=None):
+    """Return the last match's first group, converted, or a default."""
+    found = re.findall(pattern, text, re.M)
+    return convert(found[-1]) if found else default
+
+
+def last_words(text):
+    """Return the line of a log that says how the run failed."""
+    if re.search(r"^Timeout \(\d+:\d+:\d+", text, re.M):
+        return "it ran past HARD_LIMIT"
+    _, traceback, rest = text.rpartition("Traceback (most recent call last):\n")
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if traceback:
+        flush = [line for line in rest.split("\n") if line and not line.startswith(" ")]
+        lines = flush[:1] or lines
+    return lines[-1][:LINE] if lines else "it printed nothing"
+
+
+def read_result(text, exit_status, job):
+    """Return what a log says of its run, and whether it is valid: a dict for result.json.
+
+    "word" is valid; busy (the machine was not the run's own); killed (from outside); refused (it
+    cannot be compared with the baseline); or crash. "why" says more.
+    """
+    number = r"[-+]?(?:[0-9]+\.?[0-9]*(?:[eE][-+]?[0-9]+)?|nan|inf)"
+    found = re.findall(rf"^(\w+): +({number})$", text, re.M)
+    summary = {name: float(value) for name, value in found}
+    values = [value for name, value in found if name == job["metric"]]
+    memory = summary.get("peak_vram_mb", 0.0)
+    # A run is compared with the baseline's only on the same device, with the same dtype and data
+    setting = {}
+    for line in re.findall(r"^(?:device: .*|corpus: \w+|attention: \S+(?=, ))", text, re.M):
+        setting.setdefault(line.partition(":")[0], line)
+    result = {
+        "exit_status": exit_status,
+        "value": summary.get(job["metric"], math.nan),
+        "memory_mb": memory if math.isfinite(memory) else 0.0,
+        "total_seconds": summary.get("total_seconds"),
+        "steps": find(r"^num_steps: +(\d+)$", text, int),
+        "setting": setting,
+        "compile": find(r"^attention: .*, compile: (\w+)$", text, str),
+        "losses": dict(re.findall(r"^step +(\d+) .*\| loss ([-+.\w]+)", text, re.M)),
+        "notes": odd_speed(summary, find(r"^clock: (\d+) tokens in ", text)),
+        "ended": time.time(),
+    }
+    changed = find(r"^(contract changed: .*)", text, str)
+    busy = find(r"^(machine busy: .*)", text, str)
+    differs = [key for key in job["expected"] if setting.get(key) != job["expected"][key]]
+    word = "valid"
+    why = ""
+    if exit_status in KILLED:
+        word = "killed"
+        why = f"it was killed from outside (status {exit_status})"
+    elif exit_status != 0:
+        word = "crash"
+        why = last_words(text)
+    elif len(values) != 1 or not math.isfinite(result["value"]):
+        word = "crash"
+        said = " and ".join(values) or "missing"
+        why = f"the summary's {job['metric']} is {said}, and has to be one finite number"
+    elif changed:
+        word = "refused"
+        why = changed[:LINE]
+    elif differs:
+        word = "refused"
+        said = setting.get(differs[0], f"{differs[0]}: not said")
+        why = f"{said[:LINE]} (the baseline's is {job['expected'][differs[0]][:LINE]})"
+    elif busy:
+        word = "busy"
+        why = busy[:LINE]
+    return result | {"word": word, "why": why}
+
+
+def odd_speed(summary, clock_tokens):
+    """Return notes where a summary's tokens or speed cannot be what was run."""
+    notes = []
+    tokens = 1e6 * summary.get("total_tokens_M", math.nan)
+    if clock_tokens:
+        # A step that the clock cut short is in no summary, and the summary is rounded
+        a_step = clock_tokens / max(summary.get("num_steps", 1), 1)
+        if abs(tokens - clock_tokens) > 0.01 * clock_tokens + 0.05e6 + a_step:
+            said = f"the summary says {tokens / 1e6:g} M tokens"
+            notes.append(f"{said}, the clock {clock_tokens / 1e6:.1f} M")
+    if summary.get("mfu_percent", 0.0) > 100:
+        notes.append("the speed is above the card's peak")
+    return notes
+
+
+def is_going(folder):
+    """Tell whether a run's runner lives; it holds the lock until its result is written."""
+    if not (folder / "alive").exists() or (folder / "result.json").exists():
+        return False
+    lock = lock_file(folder / "alive", fcntl.LOCK_SH)
+    if lock:
+        lock.close()
+    return lock is None
+
+
+def attempts(tag, commit, seed=None, since=0.0, split="val"):
+    """Return the Trainings of a commit in this night, in order of time; seed: only this one's."""
+    found = []
+    for path in RUNS.glob(f"{commit[:7]}-*/job.json"):
+        job = read_json(path)
+        if (job["tag"], job["split"]) != (tag, split) or seed not in (None, job["seed"]):
+            continue
+        going = is_going(path.parent)  # asked first: a run that ends now has a result then
+        result = read_json(path.parent / "result.json")
+        word = result.get("word") or ("going" if going else "cut off")
+        said = (job[name] for name in ("commit", "seed", "started", "slot"))
+        found.append(Training(path.parent, *said, word, result))
+    found.sort(key=lambda training: training.started)
+    killed = set()  # seeds
+    for number, training in enumerate(found):
+        if training.word == "killed":
+            if training.seed in killed:  # twice is no accident: it may need too much memory
+                found[number] = training._replace(word="crash")
+            killed.add(training.seed)
+    return [training for training in found if training.started > since]
 
 
 # --- The night ------------------------------------------------------------------------------------
@@ -1406,7 +1406,7 @@ def drop_pending(night, call, idea, why):
 def drop_kept(night, call, why):
     """Turn the last keep into a discard, if nothing came after it."""
     last = night.experiments[-1] if night.experiments else None
-    if not last or last.status != "keep" or last.commit != night.kept[:7]:
+    if not last or last.status != "keep":
         raise Refused("there is nothing to drop: no idea is pending, and the last one is not kept")
     commit = night.kept
     if night.head != commit:
@@ -1463,11 +1463,9 @@ def look_lines(night):
         lines.append(f"kept {experiment.commit} +{figure(experiment.gain, 3)} {experiment.idea}")
     lines += axis_lines(night)
     for experiment in near_misses(night)[:2]:
-        count = len(experiment.runs)
-        error = night.noise * math.sqrt(2 / count)
-        needed = figure(error * (HIGH if count == 1 else BAR), 3)
-        gain = figure(experiment.gain, 3)
-        lines.append(f"near {experiment.commit} +{gain} of {needed} {experiment.idea}")
+        needed = judge(experiment.runs, experiment.parent_runs, night.noise).bar
+        gain = f"+{figure(experiment.gain, 3)} of {figure(needed, 3)}"
+        lines.append(f"near {experiment.commit} {gain} {experiment.idea}")
     for row in night.rows[-2:]:
         lines.append("row  " + format_row(row).strip().replace("\t", " "))
     lines = lines[:2] + [shorten(line) for line in lines[2:]]
@@ -1614,7 +1612,7 @@ MAX_LINES = 15  # of an answer
 ANSWERS = {  # the first word of the last line: the exit status, and what it means
     "KEEP": (0, "the idea is kept"),
     "NEXT": (0, "nothing is running; what to do next"),
-    "REFUSED": (2, "nothing was done; why, and what to run"),
+    "REFUSED": (2, "nothing is booked; why, and what to do about it"),
     "DISCARD": (3, "the idea is booked and put back"),
     "CRASH": (4, "the run failed: mend train.py and try again, or drop the idea"),
     "BUSY": (5, "the run was disturbed or the device is in use; nothing is booked; wait"),

@@ -1376,7 +1376,9 @@ def knobs(agent, first=0, second=0, third=0):
     )
 
 
-def test_the_keeps_of_a_wave_are_combined(fresh):
+@pytest.mark.parametrize("sub", ["", "recipes/gpt two"])
+def test_the_keeps_of_a_wave_are_combined(tmp_path, sub):
+    fresh = scratch(tmp_path, sub)
     fresh.write("train.py", knobs(fresh))
     fresh.git("commit", "-qam", "knobs")
     fresh.call("start", "nov21")
