@@ -912,9 +912,6 @@ def advance(call, step):
             night.check_contract()
             call.going = []
             call.device_busy = False
-            idea = night.idea_at_head()
-            if idea and not night.rows_of(idea):
-                call.about = call.about or idea
             answer = step(night, call)
         if answer and answer.word in ("NEXT", "OVER") and call.about and night.rows_of(call.about):
             answer = verdict_on(night, call.about)  # another call has booked it meanwhile
@@ -951,18 +948,20 @@ def running(night, call):
 
 def step(night, call):
     """Do what can be done now; return the Answer, or None while a run is awaited."""
-    settle(night, call)
+    idea = settle(night, call)
     if night.baseline_left:
         needs = [Need(night.base, seed) for seed in night.baseline_left]
-        failed = work_on(night, call, needs)
+        failed = start_runs(night, call, needs)
         return outcome(night, call, failed, "the baseline")
-    # One idea at HEAD, or the ideas of a wave, each of which is a commit beside HEAD
     wave = read_wave()
-    ideas = [idea for idea in wave.get("ideas", ()) if not night.rows_of(idea)]
-    if not wave and night.idea_at_head():
-        ideas = [night.idea_at_head()]
-    if not ideas:
+    if wave:
+        ideas = [commit for commit in wave["ideas"] if not night.rows_of(commit)]
+    elif idea:
+        ideas = [idea]
+    else:
         return next_step(night)
+
+    # What is to run before each of them can be decided?
     needs = {}  # by commit and seed: the parent runs once for all ideas
     decided = {}
     begun = False
@@ -975,12 +974,15 @@ def step(night, call):
     names = ", ".join(idea[:7] for idea in ideas)
     if night.over() and not begun:
         return Answer("OVER", f"{night.over()}; {names} was not finished")
-    failed = work_on(night, call, needs.values(), wave.get("jobs", 1))
+
+    failed = start_runs(night, call, needs.values(), wave.get("jobs", 1))
     # In a wave a crash is booked. Alone it stays at HEAD, where the agent mends it
     crashed = [idea for idea in ideas if wave and idea in failed and failed[idea].word in FAILED]
     if call.going or len(decided) + len(crashed) < len(ideas):
         disturbed = {commit: t for commit, t in failed.items() if commit not in crashed}
         return outcome(night, call, disturbed, names)
+
+    # The row comes before the branch: a call that is killed in between is put right by settle
     rows = rows_of_ideas(night, call, decided, crashed)
     night.book(rows)
     settle(night, call)
@@ -997,7 +999,10 @@ def step(night, call):
 
 
 def settle(night, call):
-    """Do what was decided and is not done: rows of the parent, the branch, the next of a wave."""
+    """Do what was decided and is not done; return the idea at HEAD that has no row, or None.
+
+    This books the parent's runs, moves the branch, and begins the next round of a wave.
+    """
     book_parent(night, call)
     if night.head != night.kept and is_ancestor(night.head, night.kept):  # kept in a wave
         set_edit_aside(night.head, call)
@@ -1006,13 +1011,16 @@ def settle(night, call):
     idea = night.idea_at_head()
     if idea:
         git("update-ref", idea_ref(night.tag, idea), idea)  # so that git never forgets it
-        if night.rows_of(idea):
-            put_back(night, call)
+    if idea and night.rows_of(idea):
+        put_back(night, call)
+        idea = None
+    call.about = call.about or idea
     wave = read_wave()
-    if wave and all(night.rows_of(idea) for idea in wave["ideas"]):
+    if wave and all(night.rows_of(commit) for commit in wave["ideas"]):
         beside = f"{BESIDE}{night.kept[:7]}"
-        again = [i for i in wave["ideas"] if beside in night.rows_of(i)[0].description]
+        again = [c for c in wave["ideas"] if beside in night.rows_of(c)[0].description]
         begin_wave(night, call, again, wave["jobs"], wave["parent"])
+    return idea
 
 
 def book_parent(night, call):
@@ -1086,7 +1094,7 @@ def same_losses(night, training):
     return False
 
 
-def work_on(night, call, needs, jobs=1):
+def start_runs(night, call, needs, jobs=1):
     """Start the runs that are needed, at most `jobs` at once; return {commit: failed Training}.
 
     An idea that crashed does not run again by itself. What was disturbed does, in the next call.
@@ -1514,7 +1522,6 @@ def verb_show(options, call):
         night = Night()
         commit = full_commit(night.tag, options.commit)
     call.say(f"{commit[:7]} {subject(commit)}")
-    found = [e for e in night.experiments if e.commit == commit[:7]]
     diff = git("diff", f"{commit}^", commit, "--", CANVAS).splitlines()[4:]
     room = max(options.lines - 12, 4)
     for line in diff[:room]:
@@ -1523,7 +1530,7 @@ def verb_show(options, call):
         call.say(f"... {len(diff) - room} more lines: {ME} show --lines N {commit[:7]}")
     for training in night.attempts(commit)[-1:]:
         show_end_of_log(call, training, lines=8)
-    if found:
+    if night.rows_of(commit) and commit != night.base:
         return verdict_on(night, commit)
     return Answer("NEXT", f"{commit[:7]} has no row; {ME} look")
 
@@ -1594,7 +1601,7 @@ def step_final(night, call):
         pairs.append([Need(commit, seed, split="test") for commit in (night.base, night.kept)])
     left = [need for pair in pairs for need in pair if not night.valid(*need)]
     if left:
-        return outcome(night, call, work_on(night, call, left), f"{len(left)} runs")
+        return outcome(night, call, start_runs(night, call, left), f"{len(left)} runs")
     gains = []
     for pair in pairs:
         base, winner = (night.valid(*need)[-1].value for need in pair)

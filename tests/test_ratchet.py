@@ -1409,6 +1409,15 @@ def test_a_wave_through_a_busy_machine(fresh):
     assert len(fresh.calls()) == 6
 
 
+def test_an_edit_during_a_wave_is_saved(agent):
+    edits = "(here / 'train.py').write_text('mine')"
+    (idea,) = ideas_of(agent, agent.canvas((0.9960,), last_words=edits))
+    assert agent.call("wave", idea)[0] == "KEEP"
+    assert agent.head() == idea
+    assert agent.git("status", "--porcelain") == ""
+    assert next((agent.folder / "runs").glob("edited-*.py")).read_text() == "mine"
+
+
 @pytest.mark.parametrize("case", ["nothing", "another file", "conflict"])
 def test_a_wave_of_what_is_no_idea(agent, case):
     head = agent.git("rev-parse", "HEAD")
