@@ -1251,11 +1251,13 @@ def idea_on_head(night, commit):
     parent = git("rev-parse", f"{commit}^")
     if parent == night.head:
         return commit
-    patch = git_bytes("diff", "--full-index", "--binary", parent, commit, "--", CANVAS)
+    # diff-tree: the person's settings of `git diff` (colours, prefixes) change nothing in it
+    patch = git_bytes("diff-tree", "-p", "--full-index", "--binary", parent, commit, "--", CANVAS)
     with tempfile.TemporaryDirectory() as folder:  # an index of its own: the work tree rests
         env = os.environ | {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         git("read-tree", night.head, env=env)
-        if git_or_none("apply", "--cached", "--3way", stdin=patch, env=env) is None:
+        merge = ("apply", "--cached", "--3way", "--whitespace=nowarn")
+        if git_or_none(*merge, stdin=patch, env=env) is None:
             return None
         tree = git("write-tree", env=env)
     return git("commit-tree", "--no-gpg-sign", "-p", night.head, "-m", subject(commit), tree)
@@ -1522,7 +1524,7 @@ def verb_show(options, call):
         night = Night()
         commit = full_commit(night.tag, options.commit)
     call.say(f"{commit[:7]} {subject(commit)}")
-    diff = git("diff", f"{commit}^", commit, "--", CANVAS).splitlines()[4:]
+    diff = git("diff-tree", "-p", f"{commit}^", commit, "--", CANVAS).splitlines()[4:]
     room = max(options.lines - 12, 4)
     for line in diff[:room]:
         call.say(line[:LINE])

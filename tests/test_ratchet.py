@@ -1257,6 +1257,8 @@ def test_show(agent):
     word, out = agent.call("show", commit, lines=60)
     assert word == "DISCARD"
     assert "width: worse" in out and "+VALUES" in out and "| depth:" in out
+    agent.git("config", "color.ui", "always")
+    assert agent.call("show", commit, lines=60)[1] == out
     agent.attempt("width: typo", text="import oss\n")
     assert "No module named" in agent.call("show", "HEAD", lines=60)[1]
     assert one_line(agent.call("show", "1234567"), "REFUSED")
@@ -1379,6 +1381,8 @@ def knobs(agent, first=0, second=0, third=0):
 @pytest.mark.parametrize("sub", ["", "recipes/gpt two"])
 def test_the_keeps_of_a_wave_are_combined(tmp_path, sub):
     fresh = scratch(tmp_path, sub)
+    for setting in ("diff.noprefix=true", "color.ui=always", "apply.whitespace=error-all"):
+        fresh.git("config", *setting.split("="))
     fresh.write("train.py", knobs(fresh))
     fresh.git("commit", "-qam", "knobs")
     fresh.call("start", "nov21")
