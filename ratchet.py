@@ -2,19 +2,28 @@
 
     uv run ratchet.py --help
 
-Nobody edits this file during a night. It begins the night, trains, compares an idea with its parent
-by the rule, writes the row into results.tsv, and keeps the commit or puts train.py back. It knows
-nothing of the model or of the metric. What it knows of a night is in git, results.tsv and runs/:
+Nobody edits this file during a night. It knows nothing of the model or of the metric.
+
+The life of an experiment:
+1. The agent edits train.py and calls `try`, which commits it on the last kept commit, the parent.
+2. A copy of the commit is trained in a folder of its own, by a process that outlives the call.
+   It writes its result last.
+3. The rule compares the result with the parent's under the same seed: keep, discard, or repeat.
+   To repeat, parent and idea both train once more with the next seed, and the mean decides.
+4. Every run gets a row in results.tsv. Only then is an idea that failed taken off the branch.
+
+What is known of a night lies here, and nowhere else:
 
     branch autoresearch/TAG          the kept commits
     tag base/autoresearch/TAG        the commit the night began with; its message holds the limits
     refs/autoresearch/TAG/COMMIT     every idea that was tried, kept or not
     results.tsv                      the ledger, one row a run
     runs/COMMIT-SEED/                a run: its own train.py, the base's prepare.py, log and result
+    runs/wave.json                   the ideas of a wave that is going
 
-Any command may be killed at any time. The next one looks at these and goes on.
+Any command may be killed at any time. The next one looks at these and does what is left to do.
 
-Sections: the rule, the ledger, git, a run, the night, deciding, waves, verbs, command line.
+Sections: the rule, the ledger, git, runs, the night, verdicts, waves, verbs, command line.
 """
 
 import argparse
@@ -328,10 +337,10 @@ def git(*words, stdin=None, env=None):
     return git_bytes(*words, stdin=stdin, env=env).decode("utf-8", "replace").rstrip("\n")
 
 
-def git_or_none(*words):
+def git_or_none(*words, **options):
     """Return what git prints, or None where it fails."""
     try:
-        return git(*words)
+        return git(*words, **options)
     except Refused:
         return None
 
@@ -349,14 +358,14 @@ def full_commit(tag, commit):
     raise Refused(f"there is no commit {commit}")
 
 
+def subject(commit):
+    """Return the words of an idea."""
+    return " ".join(git("log", "-1", "--format=%B", commit).split()) or "no words"
+
+
 def edited_files(commit="HEAD", *names):
     """Return the tracked files that differ from a commit's: the recipe's, or these names."""
     return git("diff", "--name-only", "--relative", commit, "--", *(names or ".")).splitlines()
-
-
-def canvas_path():
-    """Return train.py's path in the repository, which may be larger than the recipe."""
-    return git("rev-parse", "--show-prefix") + CANVAS
 
 
 def is_ancestor(old, new):
@@ -369,7 +378,10 @@ def takes_out_code(old, new):
     return len(counts) >= 2 and counts[0].isdigit() and int(counts[1]) > int(counts[0])
 
 
-# --- A run ----------------------------------------------------------------------------------------
+# --- Runs -----------------------------------------------------------------------------------------
+# A run is a folder in runs/ with its own train.py, the base's prepare.py, job.json (what to do),
+# run.log, and result.json, which is written last. A process of its own, the runner, starts the
+# training, waits for it and reads its log; it holds a lock on the file `alive` as long as it lives.
 
 WALL = 2.0  # times HARD_LIMIT: a run that has hung before its own wall was armed is ended
 HARD_LIMIT = 600  # seconds, where prepare.py names none
@@ -378,24 +390,33 @@ MIN_FREE_BYTES = 2**26  # of disk, without which no run begins
 LOG_BYTES = 2**22  # of a log that are read: half from its beginning, half from its end
 LINE = 150  # characters of a log's line that are shown
 KILLED = {-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGKILL, 128 + signal.SIGTERM}
+FAILED = ("crash", "refused")  # results of runs that would fail again
 PEOPLES_VARIABLES = ("AUTORESEARCH_SPLIT", "AUTORESEARCH_SEED")
+
+
+class Need(NamedTuple):
+    """A run that is wanted."""
+
+    commit: str
+    seed: int
+    since: float = 0.0  # a run that was started before, in seconds of the epoch, does not count
+    split: str = "val"
 
 
 class Training(NamedTuple):
     """One run as it stands on disk."""
 
     folder: Path
-    job: dict  # what was to be run
-    result: dict  # what came of it; empty while it runs, or if it was cut off
-    going: bool  # whether its runner lives and has written no result
+    commit: str  # its first seven digits
+    seed: int
+    started: float  # seconds of the epoch
+    slot: int
+    word: str  # "going", "cut off" (its runner is dead), or the word of its result
+    result: dict  # of read_result; empty without one
 
     @property
     def value(self):
         return float(figure(self.result["value"]))  # as the ledger has it
-
-    @property
-    def memory_gb(self):
-        return self.result["memory_mb"] / 1024
 
 
 def read_json(path):
@@ -406,104 +427,28 @@ def read_json(path):
         return {}
 
 
-def read_log(path):
-    """Return the text of a log, without its middle if it is huge, one report a line."""
-    with path.open("rb") as file:
-        text = file.read(LOG_BYTES // 2)
-        size = file.seek(0, os.SEEK_END)
-        if size > LOG_BYTES // 2:
-            file.seek(max(LOG_BYTES // 2, size - LOG_BYTES // 2))
-            text += file.read()
-    return text.decode("utf-8", "replace").replace("\r", "\n")
+def unused(stem, suffix=""):
+    """Return a path in runs/ that does not exist."""
+    path = RUNS / f"{stem}{suffix}"
+    number = 1
+    while path.exists():
+        number += 1
+        path = RUNS / f"{stem}-{number}{suffix}"
+    return path
 
 
-def last_words(text):
-    """Return the line of a log that says how the run failed."""
-    if re.search(r"^Timeout \(\d+:\d+:\d+", text, re.M):
-        return "it ran past HARD_LIMIT"
-    _, traceback, rest = text.rpartition("Traceback (most recent call last):\n")
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if traceback:
-        flush = [line for line in rest.split("\n") if line and not line.startswith(" ")]
-        lines = flush[:1] or lines
-    return lines[-1][:LINE] if lines else "it printed nothing"
-
-
-def find(pattern, text, convert=float, default=None):
-    """Return the last match's first group, converted, or a default."""
-    found = re.findall(pattern, text, re.M)
-    return convert(found[-1]) if found else default
-
-
-def read_result(text, exit_status, job):
-    """Return what a log says of its run, and whether it is valid: a dict for result.json.
-
-    "word" is valid; busy (the machine was not the run's own); killed (from outside); refused (it
-    cannot be compared with the baseline); or crash. "why" says more.
-    """
-    number = r"([-+]?(?:[0-9]+\.?[0-9]*(?:[eE][-+]?[0-9]+)?|nan|inf))"
-    values = re.findall(rf"^{job['metric']}: +{number}$", text, re.M)
-    # A run is compared with the baseline's only on the same device, with the same dtype and data
-    setting = {}
-    for line in re.findall(r"^(?:device: .*|corpus: \w+|attention: \S+(?=, ))", text, re.M):
-        setting.setdefault(line.partition(":")[0], line)
-    memory = find(rf"^peak_vram_mb: +{number}$", text, default=0.0)
-    result = {
-        "commit": job["commit"],
-        "seed": job["seed"],
-        "exit_status": exit_status,
-        "value": float(values[-1]) if values else math.nan,
-        "memory_mb": memory if math.isfinite(memory) else 0.0,
-        "total_seconds": find(rf"^total_seconds: +{number}$", text),
-        "steps": find(r"^num_steps: +(\d+)$", text, int),
-        "setting": setting,
-        "compile": find(r"^attention: .*, compile: (\w+)$", text, str),
-        "losses": dict(re.findall(r"^step +(\d+) .*\| loss ([-+.\w]+)", text, re.M)),
-        "notes": odd_speed(text, number),
-        "ended": time.time(),
-    }
-    changed = re.search(r"^contract changed: .*", text, re.M)
-    busy = re.search(r"^machine busy: .*", text, re.M)
-    differs = [key for key in job["expected"] if setting.get(key) != job["expected"][key]]
-    word = "valid"
-    why = ""
-    if exit_status in KILLED:
-        word = "killed"
-        why = f"it was killed from outside (status {exit_status})"
-    elif exit_status != 0:
-        word = "crash"
-        why = last_words(text)
-    elif len(values) != 1 or not math.isfinite(result["value"]):
-        word = "crash"
-        said = " and ".join(values) or "missing"
-        why = f"the summary's {job['metric']} is {said}, and has to be one finite number"
-    elif changed:
-        word = "refused"
-        why = changed[0][:LINE]
-    elif differs:
-        word = "refused"
-        said = setting.get(differs[0], f"{differs[0]}: not said")
-        why = f"{said[:LINE]} (the baseline's is {job['expected'][differs[0]][:LINE]})"
-    elif busy:
-        word = "busy"
-        why = busy[0][:LINE]
-    return result | {"word": word, "why": why}
-
-
-def odd_speed(text, number):
-    """Return notes where a summary's tokens or speed cannot be what was run."""
-    notes = []
-    handed_out = find(r"^clock: (\d+) tokens in ", text)
-    trained = find(rf"^total_tokens_M: +{number}$", text)
-    steps = find(r"^num_steps: +(\d+)$", text)
-    if handed_out and trained is not None:
-        # A step that the clock cut short is in no summary, and the summary is rounded
-        allowed = 0.01 * handed_out + 0.05e6 + handed_out / max(steps or 1, 1)
-        if abs(trained * 1e6 - handed_out) > allowed:
-            notes.append(f"the summary says {trained} M tokens, the clock {handed_out / 1e6:.1f} M")
-    if find(rf"^mfu_percent: +{number}$", text, default=0.0) > 100:
-        notes.append("the speed is above the card's peak")
-    return notes
+def make_snapshot(night, need):
+    """Make the folder of a run: the commit's train.py and the rest of the base; return it."""
+    if shutil.disk_usage(RUNS).free < MIN_FREE_BYTES:
+        raise Refused(f"the disk of {RUNS} is full: make room, then {ME} wait")
+    split = "" if need.split == "val" else f"-{need.split}"
+    folder = unused(f"{need.commit[:7]}-{need.seed}{split}")
+    folder.mkdir()
+    for file in git("ls-tree", "--name-only", night.base, "./").splitlines():
+        if file.endswith(".py") and file not in (CANVAS, "ratchet.py"):
+            (folder / file).write_bytes(git_bytes("show", f"{night.base}:./{file}"))
+    (folder / CANVAS).write_bytes(git_bytes("show", f"{need.commit}:./{CANVAS}"))
+    return folder
 
 
 def lock_file(path, how=fcntl.LOCK_EX):
@@ -520,64 +465,20 @@ def lock_file(path, how=fcntl.LOCK_EX):
     return file
 
 
-def device_lock(launch):
+def device_lock(launch, slot):
     """Return the path of the lock of the device that a training takes, None if a scheduler's.
 
     The lock is the machine's and not the clone's, so that two nights share no device.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    device = launch["command"] if launch["takes_slot"] else f"device {visible or 'cpu'}"
-    if launch["command"] and not launch["takes_slot"]:
+    if "{slot}" in launch:
+        device = launch.replace("{slot}", str(slot))
+    elif launch:
         return None
+    else:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+        device = f"device {visible or 'cpu'}"
     name = hashlib.sha256(device.encode()).hexdigest()[:16]  # a device's name may hold a slash
     return Path(tempfile.gettempdir()) / f"autoresearch-{name}.lock"
-
-
-def is_going(folder):
-    """Tell whether a run's runner lives; it holds the lock until its result is written."""
-    if (folder / "result.json").exists():
-        return False
-    try:
-        lock = lock_file(folder / "alive", fcntl.LOCK_SH)
-    except FileNotFoundError:
-        return False
-    if lock:
-        lock.close()
-    return lock is None
-
-
-def attempts(tag, commit, split="val"):
-    """Return the Trainings of a commit in this night, in order of time."""
-    found = []
-    for path in RUNS.glob(f"{commit[:7]}-*/job.json"):
-        job = read_json(path)
-        if job["tag"] == tag and job["split"] == split:
-            going = is_going(path.parent)  # asked first: a run that ends now has a result then
-            result = read_json(path.parent / "result.json")
-            found.append(Training(path.parent, job, result, going and not result))
-    return sorted(found, key=lambda training: training.job["started"])
-
-
-def make_snapshot(night, commit, seed, split):
-    """Make the folder of a run: the commit's train.py and the rest of the base; return it."""
-    RUNS.mkdir(exist_ok=True)
-    if shutil.disk_usage(RUNS).free < MIN_FREE_BYTES:
-        raise Refused(f"the disk of {RUNS} is full: make room, then {ME} wait")
-    name = f"{commit[:7]}-{seed}" + ("" if split == "val" else f"-{split}")
-    number = 1
-    folder = RUNS / name
-    while True:
-        try:
-            folder.mkdir()
-            break
-        except FileExistsError:
-            number += 1
-            folder = RUNS / f"{name}-{number}"
-    for file in git("ls-tree", "--name-only", night.base, "./").splitlines():
-        if file.endswith(".py") and file not in (CANVAS, "ratchet.py"):
-            (folder / file).write_bytes(git_bytes("show", f"{night.base}:./{file}"))
-    (folder / CANVAS).write_bytes(git_bytes("show", f"{commit}:./{CANVAS}"))
-    return folder
 
 
 def hard_limit(base):
@@ -586,34 +487,30 @@ def hard_limit(base):
     return find(r"^HARD_LIMIT = ([0-9.]+)", text, default=HARD_LIMIT)
 
 
-def start_run(night, commit, seed, slot=0, split="val", foreground=False):
-    """Start a run in a session of its own; return its folder, None if the device is in use."""
-    launch = {
-        "command": night.facts["launch"].replace("{slot}", str(slot)),
-        "takes_slot": "{slot}" in night.facts["launch"],
-    }
-    path = device_lock(launch)
-    lock = lock_file(path) if path else None
-    if path and not lock:
+def start_run(night, need, slot, foreground):
+    """Start a run in a session of its own; return its Training, None if the device is in use."""
+    launch = night.facts["launch"]
+    lock_path = device_lock(launch, slot)
+    lock = lock_file(lock_path) if lock_path else None
+    if lock_path and not lock:
         return None
-    folder = make_snapshot(night, commit, seed, split)
+    folder = make_snapshot(night, need)
     alive = lock_file(folder / "alive")
+    command = shlex.split(launch.replace("{slot}", str(slot)))
     job = {
         "tag": night.tag,
-        "commit": commit[:7],
-        "seed": seed,
-        "split": split,
-        "metric": METRIC if split == "val" else METRIC.replace("val", split),
-        "command": [*shlex.split(launch["command"]), sys.executable, CANVAS],
+        "commit": need.commit[:7],
+        "seed": need.seed,
+        "split": need.split,
+        "metric": METRIC if need.split == "val" else METRIC.replace("val", need.split),
+        "command": [*command, sys.executable, CANVAS],
         "slot": slot,
-        "wall": None if launch["command"] else WALL * hard_limit(night.base),
+        "wall": None if launch else WALL * hard_limit(night.base),  # a scheduler has its own
         "expected": night.setting,
         "started": time.time(),
     }
     replace_file(folder / "job.json", json.dumps(job, indent=1))
     fds = [file.fileno() for file in (alive, lock) if file]
-    for fd in fds:
-        os.set_inheritable(fd, True)
     runner = subprocess.Popen(
         [sys.executable, __file__, "_run", str(folder), *map(str, fds)],
         cwd=ROOT,
@@ -625,30 +522,32 @@ def start_run(night, commit, seed, slot=0, split="val", foreground=False):
     )
     if not foreground:
         runner.wait()  # it has left a child that goes on
-    return folder
+    return Training(folder, job["commit"], need.seed, job["started"], slot, "going", {})
 
 
-class Stopped(Exception):
-    """A person has asked for the end of this run."""
+def be_runner(folder, *fds):
+    """Be the runner of a run, whose locks are in these file descriptors."""
+    # A client may end a call with all that descends from it, sessions of their own included
+    if os.getsid(0) == os.getpid() and os.fork():
+        os._exit(0)
+    folder = Path(folder)
+    (folder / "alive").write_text(str(os.getpid()))
+    # The training holds the device's lock, too: if this process dies, it still has the device
+    run_training(folder, [int(fd) for fd in fds[1:]])
 
 
 def run_training(folder, lock_fds):
-    """Train in a run's folder and write the result; the process that calls it is the runner."""
+    """Train in a run's folder and write the result."""
     job = read_json(folder / "job.json")
-
-    def stop(*_):
-        raise Stopped
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    for request in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(request, signal.default_int_handler)  # raises KeyboardInterrupt
     env = os.environ | {"AUTORESEARCH_SEED": str(job["seed"])}
     if job["split"] != "val":
         env["AUTORESEARCH_SPLIT"] = job["split"]
-    stopped = ""
+    ended_by = {}
     log = folder / "run.log"
     with log.open("wb") as output:
         show_log(log)
-        # The training holds the device's lock, too: if this process dies, it still has the device
         training = subprocess.Popen(
             job["command"],
             cwd=folder,
@@ -660,22 +559,19 @@ def run_training(folder, lock_fds):
         )
         try:
             training.wait(timeout=job["wall"])
-        except Stopped:
-            stopped = "it was stopped by a person"
+        except KeyboardInterrupt:
+            ended_by = {"word": "stopped", "why": "it was stopped by a person"}
         except subprocess.TimeoutExpired:
-            stopped = "wall"
-        if stopped:
+            why = "it hung before its own wall at HARD_LIMIT was armed"
+            ended_by = {"word": "crash", "why": why}
+        if ended_by:
             training.terminate()
             try:
                 training.wait(timeout=STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 training.kill()
                 training.wait()
-    result = read_result(read_log(log), training.returncode, job)
-    if stopped == "wall":
-        result |= {"word": "crash", "why": "it hung before its own wall at HARD_LIMIT was armed"}
-    elif stopped:
-        result |= {"word": "stopped", "why": stopped}
+    result = read_result(read_log(log), training.returncode, job) | ended_by
     keep_log(log)
     replace_file(folder / "result.json", json.dumps(result, indent=1))
 
@@ -697,6 +593,137 @@ def keep_log(log):
         copy = ROOT / f".run.log.{os.getpid()}"
         shutil.copyfile(log, copy)
         copy.replace(shown)
+
+
+def read_log(path):
+    """Return the text of a log, without its middle if it is huge, one report a line."""
+    with path.open("rb") as file:
+        text = file.read(LOG_BYTES // 2)
+        size = file.seek(0, os.SEEK_END)
+        if size > LOG_BYTES // 2:
+            file.seek(max(LOG_BYTES // 2, size - LOG_BYTES // 2))
+            text += file.read()
+    return text.decode("utf-8", "replace").replace("\r", "\n")
+
+
+def find(pattern, text, convert=float, default=None):
+    """Return the last match's first group, converted, or a default."""
+    found = re.findall(pattern, text, re.M)
+    return convert(found[-1]) if found else default
+
+
+def last_words(text):
+    """Return the line of a log that says how the run failed."""
+    if re.search(r"^Timeout \(\d+:\d+:\d+", text, re.M):
+        return "it ran past HARD_LIMIT"
+    _, traceback, rest = text.rpartition("Traceback (most recent call last):\n")
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if traceback:
+        flush = [line for line in rest.split("\n") if line and not line.startswith(" ")]
+        lines = flush[:1] or lines
+    return lines[-1][:LINE] if lines else "it printed nothing"
+
+
+def read_result(text, exit_status, job):
+    """Return what a log says of its run, and whether it is valid: a dict for result.json.
+
+    "word" is valid; busy (the machine was not the run's own); killed (from outside); refused (it
+    cannot be compared with the baseline); or crash. "why" says more.
+    """
+    number = r"[-+]?(?:[0-9]+\.?[0-9]*(?:[eE][-+]?[0-9]+)?|nan|inf)"
+    found = re.findall(rf"^(\w+): +({number})$", text, re.M)
+    summary = {name: float(value) for name, value in found}
+    values = [value for name, value in found if name == job["metric"]]
+    memory = summary.get("peak_vram_mb", 0.0)
+    # A run is compared with the baseline's only on the same device, with the same dtype and data
+    setting = {}
+    for line in re.findall(r"^(?:device: .*|corpus: \w+|attention: \S+(?=, ))", text, re.M):
+        setting.setdefault(line.partition(":")[0], line)
+    result = {
+        "exit_status": exit_status,
+        "value": summary.get(job["metric"], math.nan),
+        "memory_mb": memory if math.isfinite(memory) else 0.0,
+        "total_seconds": summary.get("total_seconds"),
+        "steps": find(r"^num_steps: +(\d+)$", text, int),
+        "setting": setting,
+        "compile": find(r"^attention: .*, compile: (\w+)$", text, str),
+        "losses": dict(re.findall(r"^step +(\d+) .*\| loss ([-+.\w]+)", text, re.M)),
+        "notes": odd_speed(summary, find(r"^clock: (\d+) tokens in ", text)),
+        "ended": time.time(),
+    }
+    changed = find(r"^(contract changed: .*)", text, str)
+    busy = find(r"^(machine busy: .*)", text, str)
+    differs = [key for key in job["expected"] if setting.get(key) != job["expected"][key]]
+    word = "valid"
+    why = ""
+    if exit_status in KILLED:
+        word = "killed"
+        why = f"it was killed from outside (status {exit_status})"
+    elif exit_status != 0:
+        word = "crash"
+        why = last_words(text)
+    elif len(values) != 1 or not math.isfinite(result["value"]):
+        word = "crash"
+        said = " and ".join(values) or "missing"
+        why = f"the summary's {job['metric']} is {said}, and has to be one finite number"
+    elif changed:
+        word = "refused"
+        why = changed[:LINE]
+    elif differs:
+        word = "refused"
+        said = setting.get(differs[0], f"{differs[0]}: not said")
+        why = f"{said[:LINE]} (the baseline's is {job['expected'][differs[0]][:LINE]})"
+    elif busy:
+        word = "busy"
+        why = busy[:LINE]
+    return result | {"word": word, "why": why}
+
+
+def odd_speed(summary, clock_tokens):
+    """Return notes where a summary's tokens or speed cannot be what was run."""
+    notes = []
+    tokens = 1e6 * summary.get("total_tokens_M", math.nan)
+    if clock_tokens:
+        # A step that the clock cut short is in no summary, and the summary is rounded
+        a_step = clock_tokens / max(summary.get("num_steps", 1), 1)
+        if abs(tokens - clock_tokens) > 0.01 * clock_tokens + 0.05e6 + a_step:
+            said = f"the summary says {tokens / 1e6:g} M tokens"
+            notes.append(f"{said}, the clock {clock_tokens / 1e6:.1f} M")
+    if summary.get("mfu_percent", 0.0) > 100:
+        notes.append("the speed is above the card's peak")
+    return notes
+
+
+def is_going(folder):
+    """Tell whether a run's runner lives; it holds the lock until its result is written."""
+    if not (folder / "alive").exists() or (folder / "result.json").exists():
+        return False
+    lock = lock_file(folder / "alive", fcntl.LOCK_SH)
+    if lock:
+        lock.close()
+    return lock is None
+
+
+def attempts(tag, commit, seed=None, since=0.0, split="val"):
+    """Return the Trainings of a commit in this night, in order of time; seed: only this one's."""
+    found = []
+    for path in RUNS.glob(f"{commit[:7]}-*/job.json"):
+        job = read_json(path)
+        if (job["tag"], job["split"]) != (tag, split) or seed not in (None, job["seed"]):
+            continue
+        going = is_going(path.parent)  # asked first: a run that ends now has a result then
+        result = read_json(path.parent / "result.json")
+        word = result.get("word") or ("going" if going else "cut off")
+        said = (job[name] for name in ("commit", "seed", "started", "slot"))
+        found.append(Training(path.parent, *said, word, result))
+    found.sort(key=lambda training: training.started)
+    killed = set()  # seeds
+    for number, training in enumerate(found):
+        if training.word == "killed":
+            if training.seed in killed:  # twice is no accident: it may need too much memory
+                found[number] = training._replace(word="crash")
+            killed.add(training.seed)
+    return [training for training in found if training.started > since]
 
 
 # --- The night ------------------------------------------------------------------------------------
@@ -732,21 +759,8 @@ class Night:
         if kept and kept[-1] != self.base[:7]:
             self.kept = full_commit(self.tag, kept[-1])
         self.experiments = experiments_of(self.rows)
-        self.noise = noise_of([row.run for row in self.rows if row.status != "crash"])
-
-    @property
-    def setting(self):
-        """What the baseline's first valid run said of its device, dtype, corpus and attention."""
-        for training in attempts(self.tag, self.base):
-            if training.result.get("word") == "valid":
-                return training.result["setting"]
-        return {}
-
-    @property
-    def baseline_left(self):
-        """Return the seeds of the baseline that have no row yet."""
-        done = {row.seed for row in self.rows if row.commit == self.base[:7]}
-        return [seed for seed in SEEDS if seed not in done]
+        self.runs = [row.run for row in self.rows if row.status != "crash"]
+        self.noise = noise_of(self.runs)
 
     def rows_of(self, commit):
         return [row for row in self.rows if row.commit == commit[:7]]
@@ -754,6 +768,32 @@ class Night:
     def book(self, rows):
         append_rows(LEDGER, rows)
         self.load_ledger()
+
+    def attempts(self, *need):
+        return attempts(self.tag, *need)
+
+    def valid(self, *need):
+        """Return the valid runs that meet a Need, or its first fields, in order of time."""
+        return [training for training in self.attempts(*need) if training.word == "valid"]
+
+    @property
+    def setting(self):
+        """What the baseline's first valid run said of its device, dtype, corpus and attention."""
+        for training in self.valid(self.base):
+            return training.result["setting"]
+        return {}
+
+    @property
+    def baseline_left(self):
+        """The seeds of the baseline that have no row yet."""
+        done = {row.seed for row in self.rows_of(self.base)}
+        return [seed for seed in SEEDS if seed not in done]
+
+    @property
+    def fruitless(self):
+        """How many experiments at the end of the ledger kept nothing."""
+        kept = [number for number, e in enumerate(self.experiments, 1) if e.status == "keep"]
+        return len(self.experiments) - max(kept, default=0)
 
     def over(self):
         """Return why no further experiment begins, or an empty string."""
@@ -764,18 +804,9 @@ class Night:
             return f"the end was {show_time(end)}"
         if most and len(self.experiments) >= most:
             return f"all {most} experiments are done"
-        if patience and self.fruitless() >= patience:
-            return f"{self.fruitless()} experiments in a row kept nothing"
+        if patience and self.fruitless >= patience:
+            return f"{self.fruitless} experiments in a row kept nothing"
         return ""
-
-    def fruitless(self):
-        """Return how many experiments at the end of the ledger kept nothing."""
-        count = 0
-        for experiment in reversed(self.experiments):
-            if experiment.status == "keep":
-                break
-            count += 1
-        return count
 
     def check_contract(self):
         """Raise Refused where what nobody edits differs from the base, or is set from outside."""
@@ -803,8 +834,8 @@ class Night:
                 f"HEAD is {len(edits)} edits of {CANVAS} off the kept {self.kept[:7]}, and has to"
                 f" be one at most: git reset --keep {edits[-1][:7]}"
             )
-        others = git("diff", "--name-only", f"{self.head}^", self.head).splitlines()
-        others = [name for name in others if name != canvas_path()]
+        rest = (":(top)", f":(exclude){CANVAS}")
+        others = git("diff", "--name-only", f"{self.head}^", self.head, "--", *rest).splitlines()
         if others:
             raise Refused(
                 f"the idea {self.head[:7]} changes {others[0]}, and may change {CANVAS} alone:"
@@ -814,10 +845,17 @@ class Night:
 
 
 def read_facts(tag):
-    """Return what was agreed for a night, None if there is no such night."""
+    """Return the limits and the launch command of a night, None if there is no such night."""
     ref = f"refs/tags/base/autoresearch/{tag}"
     text = git("for-each-ref", "--format=%(contents)", ref)
     return json.loads(text) if text else None
+
+
+def write_facts(tag, commit, facts):
+    """Tag the commit that a night begins with; the tag's message holds the facts."""
+    name = f"base/autoresearch/{tag}"
+    text = json.dumps(facts).encode()
+    git("tag", "--no-sign", "--force", "-a", "-F", "-", name, commit, stdin=text)
 
 
 def show_time(seconds):
@@ -833,24 +871,26 @@ def one_at_a_time():
         yield
 
 
-# --- Deciding -------------------------------------------------------------------------------------
+# --- Verdicts -------------------------------------------------------------------------------------
 
 POLL_SECONDS = (0.02, 1.0)  # between two looks at a run: at first, at most
+DEVICE_SECONDS = 2.0  # between two tries to get a device that another training has
 
 
 class Call:
     """One call of a verb: what it may do, what it has seen, what it says."""
 
-    def __init__(self, foreground=False, seconds=math.inf):
+    def __init__(self, verb="wait", foreground=False, seconds=math.inf):
+        self.verb = verb  # that goes on with what this call began
         self.may_run = False  # whether it may start a run
         self.foreground = foreground  # whether its runs are its children
-        self.retry = False  # whether an idea that crashed runs again as it is
+        self.retry = False  # whether what crashed runs again as it is
         self.deadline = time.monotonic() + seconds
-        self.watched = set()  # runs that this call started or saw going
-        self.going = []  # runs to wait for
-        self.failed = None  # the run that the answer is about, if it gave no number
+        self.about = None  # the idea whose verdict is asked for
+        self.watched = set()  # folders of the runs that this call started or saw going
+        self.going = []  # Trainings to wait for
         self.device_busy = False
-        self.pause = POLL_SECONDS[0]  # before it is asked again whether the device is free
+        self.failed = None  # the Training that the answer is about, if it gave no number
         self.lines = []
 
     def say(self, line):
@@ -864,38 +904,133 @@ class Answer(NamedTuple):
     text: str
 
 
-class Need(NamedTuple):
-    """A run that a verdict waits for."""
+def advance(call, step):
+    """Repeat a step until there is an Answer or the call's time is over; return the Answer."""
+    while True:
+        with one_at_a_time():
+            night = Night()
+            night.check_contract()
+            call.going = []
+            call.device_busy = False
+            answer = step(night, call)
+        if answer and answer.word in ("NEXT", "OVER") and call.about and night.rows_of(call.about):
+            answer = verdict_on(night, call.about)  # another call has booked it meanwhile
+        if not answer and call.may_run and time.monotonic() < call.deadline:
+            wait_for(call)
+            continue
+        if call.may_run and call.failed and call.failed.word == "crash":
+            show_end_of_log(call, call.failed, lines=6)
+        return answer or running(night, call)
 
-    commit: str
-    seed: int
-    since: float  # a run that was started before does not count
+
+def wait_for(call):
+    """Sleep until one of the call's runs ends, or for a moment where the device is in use."""
+    if not call.going:
+        time.sleep(max(0.0, min(DEVICE_SECONDS, call.deadline - time.monotonic())))
+        return
+    pause = POLL_SECONDS[0]
+    while all(is_going(t.folder) for t in call.going) and time.monotonic() < call.deadline:
+        time.sleep(max(0.0, min(pause, call.deadline - time.monotonic())))
+        pause = min(1.2 * pause, POLL_SECONDS[1])
 
 
-def valid_attempts(night, commit):
-    return [t for t in attempts(night.tag, commit) if t.result.get("word") == "valid"]
+def running(night, call):
+    """Return the Answer while a run goes on: how long it will take yet."""
+    if not call.going:
+        return Answer("BUSY", f"another training has this device: {ME} {call.verb}")
+    usual = hard_limit(night.base)
+    for training in night.valid(night.base) + night.valid(night.kept):
+        usual = training.result["total_seconds"] or usual
+    left = max(0.0, call.going[0].started + usual - time.time())
+    who = ", ".join(f"{training.commit} seed {training.seed}" for training in call.going)
+    return Answer("RUNNING", f"{left:.0f} s left of {who}: {ME} {call.verb}")
 
 
-def has_row(night, training):
-    """Tell whether a run is booked; an equal value under the same seed is the same run."""
-    for row in night.rows_of(training.job["commit"]):
-        if (row.seed, row.value) == (training.job["seed"], training.value):
-            return True
-    return False
+def step(night, call):
+    """Do what can be done now; return the Answer, or None while a run is awaited."""
+    idea = settle(night, call)
+    if night.baseline_left:
+        needs = [Need(night.base, seed) for seed in night.baseline_left]
+        failed = start_runs(night, call, needs)
+        return outcome(night, call, failed, "the baseline")
+    wave = read_wave()
+    if wave:
+        ideas = [commit for commit in wave["ideas"] if not night.rows_of(commit)]
+    elif idea:
+        ideas = [idea]
+    else:
+        return next_step(night)
+
+    # What is to run before each of them can be decided?
+    needs = {}  # by commit and seed: the parent runs once for all ideas
+    decided = {}
+    begun = False
+    for idea in ideas:
+        wanted, verdict, trainings = decide(night, idea)
+        needs |= {(need.commit, need.seed): need for need in wanted}
+        if verdict:
+            decided[idea] = verdict, trainings
+        begun = begun or any(t.word in ("valid", "going") for t in night.attempts(idea))
+    names = ", ".join(idea[:7] for idea in ideas)
+    if night.over() and not begun:
+        return Answer("OVER", f"{night.over()}; {names} was not finished")
+
+    failed = start_runs(night, call, needs.values(), wave.get("jobs", 1))
+    # In a wave a crash is booked. Alone it stays at HEAD, where the agent mends it
+    crashed = [idea for idea in ideas if wave and idea in failed and failed[idea].word in FAILED]
+    if call.going or len(decided) + len(crashed) < len(ideas):
+        disturbed = {commit: t for commit, t in failed.items() if commit not in crashed}
+        return outcome(night, call, disturbed, names)
+
+    # The row comes before the branch: a call that is killed in between is put right by settle
+    rows = rows_of_ideas(night, call, decided, crashed)
+    night.book(rows)
+    settle(night, call)
+    if CANVAS in edited_files():
+        call.say(f"{CANVAS} was edited after its commit; the run is of the commit")
+    if wave:
+        for row in rows:
+            call.say(f"{row.commit} {row.status} {figure(row.value)} {row.description}"[:LINE])
+        if read_wave():
+            return step(night, call)  # the next round
+        if night.kept != wave["parent"]:
+            return verdict_on(night, night.kept)
+    return verdict_on(night, full_commit(night.tag, rows[-1].commit))
 
 
-def row_of(training, status, description):
-    job = training.job
-    return Row(job["commit"], training.value, training.memory_gb, status, description, job["seed"])
+def settle(night, call):
+    """Do what was decided and is not done; return the idea at HEAD that has no row, or None.
+
+    This books the parent's runs, moves the branch, and begins the next round of a wave.
+    """
+    book_parent(night, call)
+    if night.head != night.kept and is_ancestor(night.head, night.kept):  # kept in a wave
+        set_edit_aside(night.head, call)
+        git("merge", "--quiet", "--ff-only", night.kept)
+        night.head = git("rev-parse", "HEAD")
+    idea = night.idea_at_head()
+    if idea:
+        git("update-ref", idea_ref(night.tag, idea), idea)  # so that git never forgets it
+    if idea and night.rows_of(idea):
+        put_back(night, call)
+        idea = None
+    call.about = call.about or idea
+    wave = read_wave()
+    if wave and all(night.rows_of(commit) for commit in wave["ideas"]):
+        beside = f"{BESIDE}{night.kept[:7]}"
+        again = [c for c in wave["ideas"] if beside in night.rows_of(c)[0].description]
+        begin_wave(night, call, again, wave["jobs"], wave["parent"])
+    return idea
 
 
 def book_parent(night, call):
     """Book finished runs of the baseline, and of the kept commit beside an idea."""
-    for training in valid_attempts(night, night.kept):
-        if has_row(night, training):
+    for training in night.valid(night.kept):
+        booked = [(row.seed, row.value) for row in night.rows_of(night.kept)]
+        if (training.seed, training.value) in booked:  # an equal value is no other run
             continue
         words = PARENT_AGAIN
-        if night.kept == night.base and training.job["seed"] in night.baseline_left:
+        if night.kept == night.base and training.seed in night.baseline_left:
             words = "baseline"
         row = row_of(training, "keep", words)
         night.book([row])
@@ -911,60 +1046,37 @@ def put_back(night, call):
 
 def set_edit_aside(commit, call):
     """Save an uncommitted edit of train.py under runs/, and give train.py back as committed."""
-    if CANVAS not in edited_files():
-        return
-    number = 1
-    while (RUNS / f"edited-{commit[:7]}-{number}.py").exists():
-        number += 1
-    aside = RUNS / f"edited-{commit[:7]}-{number}.py"
-    shutil.copyfile(ROOT / CANVAS, aside)
-    git("checkout", "--quiet", "HEAD", "--", CANVAS)
-    call.say(f"{CANVAS} was edited after its commit; the edit is saved in runs/{aside.name}")
-
-
-def settle(night, call):
-    """Do what was decided and is not done: rows of the parent, the branch, the idea's ref."""
-    book_parent(night, call)
-    if night.head != night.kept and is_ancestor(night.head, night.kept):  # kept in a wave
-        git("merge", "--quiet", "--ff-only", night.kept)
-        night.head = git("rev-parse", "HEAD")
-    idea = night.idea_at_head()
-    if idea:
-        git("update-ref", idea_ref(night.tag, idea), idea)
-        if night.rows_of(idea):
-            put_back(night, call)
-            return None
-    return idea
+    if CANVAS in edited_files():
+        aside = unused(f"edited-{commit[:7]}", ".py")
+        shutil.copyfile(ROOT / CANVAS, aside)
+        git("checkout", "--quiet", "HEAD", "--", CANVAS)
+        call.say(f"{CANVAS} was edited after its commit; the edit is saved in runs/{aside.name}")
 
 
 def decide(night, idea):
     """Return (needs, verdict, trainings) of an idea: what is to run first, or the Verdict."""
-    ours = valid_attempts(night, idea)
-    first = next((t for t in ours if t.job["seed"] == SEEDS[0]), None)
-    since = (first.job["started"] if first else time.time()) - 60 * PARENT_AGE_MINUTES
+    first = next(iter(night.valid(idea, SEEDS[0])), None)
+    second = next(iter(night.valid(idea, SEEDS[1])), None)
+    since = (first.started if first else time.time()) - 60 * PARENT_AGE_MINUTES
     needs = []
-    if not any(t.job["started"] > since for t in valid_attempts(night, night.kept)):
+    if not night.valid(night.kept, None, since):
         needs.append(Need(night.kept, SEEDS[0], since))
-    if first is None:
-        needs.append(Need(idea, SEEDS[0], 0.0))
+    if not first:
+        needs.append(Need(idea, SEEDS[0]))
     if needs:
         return needs, None, []
-    second = next((t for t in ours if t.job["seed"] == SEEDS[1]), None)
-    trainings = [first] + ([second] if second else [])
+    trainings = [first, second] if second else [first]
     parent = [row.run for row in night.rows_of(night.kept)]
-    runs = [Run(idea[:7], t.job["seed"], t.value) for t in trainings]
-    noise = noise_of([row.run for row in night.rows if row.status != "crash"] + runs)
+    runs = [Run(idea[:7], training.seed, training.value) for training in trainings]
+    noise = noise_of(night.runs + runs)
     verdict = judge(runs, parent, noise, takes_out_code(night.kept, idea))
-    unclear = first.folder / "unclear"  # once said, it holds: both run again, whatever comes
-    if not second and verdict.word == "repeat" and not same_losses(night, first):
-        unclear.touch()
-    if not second and unclear.exists():
-        since = first.job["started"]
-        theirs = [t for t in valid_attempts(night, night.kept) if t.job["started"] > since]
-        if not any(t.job["seed"] == SEEDS[1] for t in theirs):
-            needs.append(Need(night.kept, SEEDS[1], since))
-        needs.append(Need(idea, SEEDS[1], 0.0))
-        return needs, None, trainings
+    if not second:
+        unclear = first.folder / "unclear"  # once said, it holds: both run again, whatever comes
+        if verdict.word == "repeat" and not same_losses(night, first):
+            unclear.touch()
+        if unclear.exists():
+            needs = [Need(night.kept, SEEDS[1], first.started), Need(idea, SEEDS[1])]
+            return [need for need in needs if not night.valid(*need)], None, trainings
     if verdict.word == "repeat":
         verdict = verdict._replace(word="discard")
     return [], verdict, trainings
@@ -973,142 +1085,68 @@ def decide(night, idea):
 def same_losses(night, training):
     """Tell whether a run reported its parent's losses under the same seed, to the last digit."""
     ours = training.result["losses"]
-    for other in valid_attempts(night, night.kept):
+    for other in night.valid(night.kept, training.seed):
         theirs = other.result["losses"]
         common = ours.keys() & theirs.keys()
         beyond_first = [step for step in common if int(step) > 1]
-        same_seed = other.job["seed"] == training.job["seed"]
-        if same_seed and len(beyond_first) >= 2 and all(ours[s] == theirs[s] for s in common):
+        if len(beyond_first) >= 2 and all(ours[step] == theirs[step] for step in common):
             return True
     return False
 
 
-def idea_rows(night, idea, verdict, trainings, words):
-    """Return the rows of a decided idea."""
-    for note in sorted({note for t in trainings for note in t.result["notes"]}):
-        words += f" [{note}]"  # for a person's eyes: no verdict depends on it
-    if verdict.word == "discard" and same_losses(night, trainings[0]):
-        words += NO_EFFECT
-    return [row_of(training, verdict.word, words) for training in trainings]
+def start_runs(night, call, needs, jobs=1):
+    """Start the runs that are needed, at most `jobs` at once; return {commit: failed Training}.
 
-
-def subject(commit):
-    return " ".join(git("log", "-1", "--format=%B", commit).split()) or "no words"
-
-
-def crash_row(idea, words):
-    return Row(idea[:7], 0.0, 0.0, "crash", words, SEEDS[0])
-
-
-def last_attempt(night, need):
-    """Return the latest Training that could meet a need, None if there is none."""
-    found = attempts(night.tag, need.commit)
-    found = [t for t in found if t.job["seed"] == need.seed and t.job["started"] > need.since]
-    return found[-1] if found else None
-
-
-def is_hard(night, training):
-    """Tell whether a failed run would fail again: a crash, but not the first kill from outside."""
-    word = training.result.get("word")
-    if word == "killed":
-        job = training.job
-        all_of_them = [
-            t for t in attempts(night.tag, job["commit"]) if t.job["seed"] == job["seed"]
-        ]
-        return sum(t.result.get("word") == "killed" for t in all_of_them) > 1
-    return word in ("crash", "refused")
-
-
-def work_on(night, call, needs, jobs, patient=False):
-    """Start runs, at most `jobs` at once; return {commit: failed Training}.
-
-    A run of an idea that crashed is not tried again; one that was disturbed is, in the next call.
-    patient: a failure stops only runs of its own commit.
+    An idea that crashed does not run again by itself. What was disturbed does, in the next call.
     """
     failed = {}
     waiting = []
     for need in needs:
-        training = last_attempt(night, need)
-        if training and training.going:
-            call.going.append(training)
-            call.watched.add(training.folder.name)
+        last = next(reversed(night.attempts(*need)), None)
+        if last is None:
+            waiting.append(need)
             continue
-        hard = training and is_hard(night, training)
-        known = need.commit != night.kept and hard and not call.retry
-        if training and (known or training.folder.name in call.watched):
-            failed[need.commit] = training
-            if not patient:
-                return failed
+        is_idea = need.commit not in (night.base, night.kept)
+        known = last.word in FAILED and is_idea and not call.retry
+        if last.word == "going":
+            call.going.append(last)
+            call.watched.add(last.folder)
+        elif known or last.folder in call.watched:
+            failed[need.commit] = last
         else:
             waiting.append(need)
-    if not call.may_run:
+    if night.kept in failed or not call.may_run:  # nothing is decided without the parent
         return failed
-    for need in waiting:
-        slots = set(range(jobs)) - {training.job["slot"] for training in call.going}
-        if not slots:
-            break
-        slot = min(slots)
-        folder = start_run(night, need.commit, need.seed, slot, foreground=call.foreground)
-        if folder is None:
+    waiting = [need for need in waiting if need.commit not in failed]
+    slots = sorted(set(range(jobs)) - {training.slot for training in call.going})
+    for need, slot in zip(waiting, slots, strict=False):
+        training = start_run(night, need, slot, call.foreground)
+        if training is None:
             call.device_busy = True
             break
-        call.watched.add(folder.name)
-        call.going.append(Training(folder, read_json(folder / "job.json"), {}, True))
+        call.watched.add(training.folder)
+        call.going.append(training)
     return failed
 
 
-def step(night, call):
-    """Do what can be done now; return the Answer, or None while a run is awaited."""
-    call.going = []
-    call.device_busy = False
-    idea = settle(night, call)
-    wave = read_wave()
-    if wave:
-        return step_wave(night, call, wave)
-    if night.baseline_left:
-        needs = [Need(night.base, seed, 0.0) for seed in night.baseline_left]
-        failed = work_on(night, call, needs, jobs=1)
-        return failure(night, call, failed) or await_runs(call, "the baseline")
-    if idea is None:
-        return next_step(night)
-    needs, verdict, trainings = decide(night, idea)
-    if verdict:
-        night.book(idea_rows(night, idea, verdict, trainings, subject(idea)))
-        for note in trainings[-1].result["notes"]:
-            call.say(f"odd: {note}")
-        if verdict.word == "discard":
-            put_back(night, call)
-        return verdict_on(night, idea)
-    tried = attempts(night.tag, idea)
-    if night.over() and not trainings and not (tried and tried[-1].going):
-        return Answer("OVER", f"{night.over()}; {idea[:7]} was not finished")
-    failed = work_on(night, call, needs, jobs=1)
-    return failure(night, call, failed) or await_runs(call, idea[:7])
-
-
-def await_runs(call, what):
-    """Return None if the call is to wait, else what is to be done."""
+def outcome(night, call, failed, what):
+    """Return None if runs are to be awaited, else the Answer on a failed one or on what waits."""
     if call.going or (call.device_busy and call.may_run):
         return None
-    return Answer("NEXT", f"{what} waits for its run: {ME} wait")
-
-
-def failure(night, call, failed):
-    """Return the Answer about a run that gave no number, None if there is none."""
-    for commit, training in failed.items():
-        call.failed = training
-        word = training.result.get("word", "cut off")
-        why = training.result.get("why", "its runner was killed, or the machine went down")
-        who = f"{commit[:7]} seed {training.job['seed']}"
-        again = f"{ME} wait runs it again"
-        if not is_hard(night, training):
-            return Answer("BUSY", f"{who}: {why}; nothing is booked: {again}")
-        if commit == night.kept:  # no edit of the agent's is to blame
-            return Answer("CRASH", f"{why} ({who}, which is no idea of yours: {again})")
-        if word == "refused":
-            return Answer("REFUSED", f"{who} cannot be compared: {why}: mend it and try, or drop")
-        return Answer("CRASH", f"{why} ({who}: mend it and try again, or drop it)")
-    return None
+    again = f"{ME} {call.verb}"
+    if not failed:
+        return Answer("NEXT", f"{what} waits for its run: {again}")
+    commit, call.failed = next(iter(failed.items()))
+    word = call.failed.word
+    why = call.failed.result.get("why", "its runner was killed, or the machine went down")
+    who = f"{commit[:7]} seed {call.failed.seed}"
+    if word not in FAILED:
+        return Answer("BUSY", f"{who}: {why}; nothing is booked: {again} runs it again")
+    if commit in (night.base, night.kept):  # no edit of the agent's is to blame
+        return Answer("CRASH", f"{why} ({who}, which is no idea of yours: {again} runs it again)")
+    if word == "refused":
+        return Answer("REFUSED", f"{who} cannot be compared: {why}: mend it and try, or drop")
+    return Answer("CRASH", f"{why} ({who}: mend it and try again, or drop it)")
 
 
 def next_step(night):
@@ -1118,6 +1156,35 @@ def next_step(night):
     if CANVAS in edited_files():
         return Answer("NEXT", f'{CANVAS} is edited: {ME} try "axis: idea", or drop "why"')
     return Answer("NEXT", f'edit {CANVAS}, then: {ME} try "axis: idea"')
+
+
+def row_of(training, status, description):
+    memory_gb = training.result["memory_mb"] / 1024
+    return Row(training.commit, training.value, memory_gb, status, description, training.seed)
+
+
+def crash_row(idea, words):
+    return Row(idea[:7], 0.0, 0.0, "crash", words, SEEDS[0])
+
+
+def rows_of_ideas(night, call, decided, crashed):
+    """Return the rows of ideas on one parent, the best one last: only that one is kept."""
+    rows = [crash_row(idea, subject(idea)) for idea in crashed]
+    ideas = sorted(decided, key=lambda i: (decided[i][0].word == "keep", decided[i][0].gain))
+    for idea in ideas:
+        verdict, trainings = decided[idea]
+        status = verdict.word
+        words = subject(idea)
+        if status == "keep" and idea != ideas[-1]:
+            status = "discard"
+            words += f"{BESIDE}{ideas[-1][:7]}"
+        for note in sorted({note for t in trainings for note in t.result["notes"]}):
+            words += f" [{note}]"  # for a person's eyes: no verdict depends on it
+            call.say(f"odd: {note}")
+        if status == "discard" and same_losses(night, trainings[0]):
+            words += NO_EFFECT
+        rows += [row_of(training, status, words) for training in trainings]
+    return rows
 
 
 def verdict_on(night, commit):
@@ -1139,117 +1206,33 @@ def verdict_on(night, commit):
         text += f", mean of {len(experiment.runs)}"
     if simpler:
         text += ", less code"
-    return Answer(word, text + beside_parent(night, commit, experiment.parent))
-
-
-def beside_parent(night, commit, parent):
-    """Return in words how an idea's last run went on, where its parent's went on otherwise."""
-    ours = valid_attempts(night, commit)[-1:]
-    theirs = valid_attempts(night, parent)[-1:]
-    words = ""
-    for new, old in zip(ours, theirs, strict=False):
-        for key, unit in (("steps", "steps"), ("compile", "to compile")):
-            if new.result[key] != old.result[key]:
-                words += f", {new.result[key]} {unit} (the parent {old.result[key]})"
-    return words
+    ours = night.valid(commit)
+    theirs = night.valid(experiment.parent)
+    for key, unit in (("steps", "steps"), ("compile", "to compile")):
+        if ours and theirs and ours[-1].result[key] != theirs[-1].result[key]:
+            text += f", {ours[-1].result[key]} {unit} (the parent {theirs[-1].result[key]})"
+    return Answer(word, text)
 
 
 def mean_value(runs):
     return statistics.fmean(run.value for run in runs)
 
 
-def advance(call, commit=None):
-    """Go on until there is an Answer or the call's time is over; commit: what the call is about."""
-    while True:
-        with one_at_a_time():
-            night = Night()
-            night.check_contract()
-            answer = step(night, call)
-            if answer and commit and answer.word in ("NEXT", "OVER") and night.rows_of(commit):
-                answer = verdict_on(night, commit)  # another call has booked it meanwhile
-        if answer:
-            return night, answer
-        if not call.may_run:
-            return night, running(night, call)
-        wait_for(call)
-        if time.monotonic() >= call.deadline:
-            if call.going:
-                return night, running(night, call)
-            return night, Answer("BUSY", f"another training has this device: {ME} wait")
-
-
-def wait_for(call):
-    """Sleep until one of the call's runs ends; where the device is in use, longer each time."""
-    if not call.going:
-        sleep_until(call, call.pause)
-        call.pause = min(2 * call.pause, POLL_SECONDS[1])
-        return
-    call.pause = POLL_SECONDS[0]
-    pause = POLL_SECONDS[0]
-    while all(is_going(t.folder) for t in call.going) and time.monotonic() < call.deadline:
-        sleep_until(call, pause)
-        pause = min(1.2 * pause, POLL_SECONDS[1])
-
-
-def sleep_until(call, seconds):
-    """Sleep so long, but not past the end of the call."""
-    time.sleep(max(0.0, min(seconds, call.deadline - time.monotonic())))
-
-
-def running(night, call):
-    """Return the Answer while a run goes on: how long it will take yet."""
-    training = call.going[0]
-    lengths = [
-        t.result["total_seconds"]
-        for t in valid_attempts(night, night.base) + valid_attempts(night, night.kept)
-        if t.result["total_seconds"]
-    ]
-    usual = lengths[-1] if lengths else hard_limit(night.base)
-    left = max(0.0, training.job["started"] + usual - time.time())
-    who = ", ".join(f"{t.job['commit']} seed {t.job['seed']}" for t in call.going)
-    return Answer("RUNNING", f"{left:.0f} s left of {who}: {ME} wait")
-
-
 # --- Waves ----------------------------------------------------------------------------------------
-# Several ideas on one parent, each a run of its own; then the keeps, one on top of the other.
+# Several ideas on one parent, each a run of its own. The best one is kept. The others that beat
+# their bars are put on top of it and run again, in a next round.
 
 
 def read_wave():
-    """Return {"ideas": [commit, ...], "jobs": how many at once}, empty if no wave is going."""
+    """Return a wave's {"ideas", "jobs": how many at once, "parent": at first}, {} without one."""
     return read_json(RUNS / "wave.json")
 
 
-def rebase_idea(night, commit):
-    """Return an idea's commit on HEAD, the same one if it is there already; None in a conflict."""
-    parent = git("rev-parse", f"{commit}^")
-    if parent == night.head:
-        return commit
-    with tempfile.TemporaryDirectory() as folder:
-        paths = []
-        for name, source in (("ours", night.head), ("base", parent), ("theirs", commit)):
-            paths.append(Path(folder) / name)
-            paths[-1].write_bytes(git_bytes("show", f"{source}:./{CANVAS}"))
-        merge = ["git", "merge-file", "--quiet", "-p", *map(str, paths)]
-        merged = subprocess.run(merge, stdout=subprocess.PIPE)
-        if merged.returncode != 0:
-            return None
-        blob = git("hash-object", "-w", "--stdin", stdin=merged.stdout)
-        env = os.environ | {"GIT_INDEX_FILE": str(Path(folder) / "index")}
-        top = ("-C", git("rev-parse", "--show-toplevel"))
-        git("read-tree", night.head, env=env)
-        git(*top, "update-index", "--cacheinfo", f"100644,{blob},{canvas_path()}", env=env)
-        tree = git("write-tree", env=env)
-    return git("commit-tree", "--no-gpg-sign", "-p", night.head, "-m", subject(commit), tree)
-
-
 def begin_wave(night, call, commits, jobs, parent):
-    """Put ideas on HEAD and write them down as a wave; those that do not apply are named.
-
-    parent: the kept commit that the first round began with.
-    """
+    """Put ideas on HEAD and write them down as a wave; return those that apply, name the others."""
     ideas = []
     for commit in commits:
-        idea = rebase_idea(night, commit)
+        idea = idea_on_head(night, commit)
         if idea is None:
             call.say(f"{commit[:7]} does not apply to {night.head[:7]} and is left out")
             continue
@@ -1263,72 +1246,21 @@ def begin_wave(night, call, commits, jobs, parent):
     return ideas
 
 
-def step_wave(night, call, wave):
-    """Do what can be done now for a wave; return the Answer, or None while runs are awaited."""
-    ideas = [idea for idea in wave["ideas"] if not night.rows_of(idea)]
-    if not ideas:
-        beside = [i for i in wave["ideas"] if beat_its_bar(night, i)]
-        if begin_wave(night, call, beside, wave["jobs"], wave["parent"]):
-            call.say(f"{len(beside)} more beat their bars and run again, on {night.kept[:7]}")
-            return step_wave(night, call, read_wave())
-        if night.kept == wave["parent"]:
-            return Answer("DISCARD", "no idea of the wave is kept")
-        return verdict_on(night, night.kept)
-    needs = []
-    decided = {}
-    for idea in ideas:
-        wanted, verdict, trainings = decide(night, idea)
-        needs += [need for need in wanted if need not in needs]
-        if verdict:
-            decided[idea] = (verdict, trainings)
-    needs = without_twins(needs)
-    failed = work_on(night, call, needs, wave["jobs"], patient=True)
-    crashed = [i for i in ideas if i in failed and is_hard(night, failed[i])]
-    if call.going or call.device_busy:
-        return None
-    if len(decided) + len(crashed) < len(ideas):
-        soft = {c: t for c, t in failed.items() if c not in crashed}
-        return failure(night, call, soft) or await_runs(call, "the wave")
-    book_wave(night, call, decided, crashed)
-    return step_wave(night, call, wave)
-
-
-def without_twins(needs):
-    """Leave one need of a commit and seed: the parent runs once for all ideas of a wave."""
-    latest = {}
-    for need in needs:
-        key = need.commit, need.seed
-        latest[key] = max(latest.get(key, need), need, key=lambda n: n.since)
-    return list(latest.values())
-
-
-def beat_its_bar(night, idea):
-    rows = night.rows_of(idea)
-    return bool(rows) and f"{BESIDE}{night.kept[:7]}" in rows[0].description
-
-
-def book_wave(night, call, decided, crashed):
-    """Book a wave's ideas, the best one last: it is kept, and the branch moves to it."""
-    rows = [crash_row(idea, subject(idea)) for idea in crashed]
-    by_gain = sorted(decided, key=lambda idea: decided[idea][0].gain)
-    winners = [idea for idea in by_gain if decided[idea][0].word == "keep"]
-    for idea in by_gain:
-        verdict, trainings = decided[idea]
-        words = subject(idea)
-        if idea in winners[:-1]:
-            verdict = verdict._replace(word="discard")
-            words += f"{BESIDE}{winners[-1][:7]}"
-        if not winners or idea != winners[-1]:
-            rows += idea_rows(night, idea, verdict, trainings, words)
-    if winners:
-        verdict, trainings = decided[winners[-1]]
-        rows += idea_rows(night, winners[-1], verdict, trainings, subject(winners[-1]))
-    night.book(rows)
-    for row in rows:
-        call.say(f"{row.commit} {row.status} {figure(row.value)} {row.description}"[:LINE])
-    if winners:
-        git("merge", "--quiet", "--ff-only", winners[-1])
-        night.head = git("rev-parse", "HEAD")
+def idea_on_head(night, commit):
+    """Return an idea's commit on HEAD, the same one if it is there already; None in a conflict."""
+    parent = git("rev-parse", f"{commit}^")
+    if parent == night.head:
+        return commit
+    # diff-tree: the person's settings of `git diff` (colours, prefixes) change nothing in it
+    patch = git_bytes("diff-tree", "-p", "--full-index", "--binary", parent, commit, "--", CANVAS)
+    with tempfile.TemporaryDirectory() as folder:  # an index of its own: the work tree rests
+        env = os.environ | {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+        git("read-tree", night.head, env=env)
+        merge = ("apply", "--cached", "--3way", "--whitespace=nowarn")
+        if git_or_none(*merge, stdin=patch, env=env) is None:
+            return None
+        tree = git("write-tree", env=env)
+    return git("commit-tree", "--no-gpg-sign", "-p", night.head, "-m", subject(commit), tree)
 
 
 # --- Verbs ----------------------------------------------------------------------------------------
@@ -1342,51 +1274,41 @@ def verb_start(options, call):
     if git_or_none("check-ref-format", f"refs/heads/autoresearch/{tag}") is None or "/" in tag:
         raise Refused(f"{tag!r} makes no name of a branch: use letters and digits, such as nov26")
     branch = f"autoresearch/{tag}"
+    limits = ("experiments", "until", "patience")
+    facts = {name: getattr(options, name) for name in (*limits, "launch")}
     with one_at_a_time():
         git("rev-parse", "HEAD")  # where there is no repository, git says so
-        begun = git_or_none("rev-parse", "--quiet", "--verify", f"refs/heads/{branch}")
-        here = git_or_none("symbolic-ref", "--quiet", "--short", "HEAD")
-        facts = {
-            "experiments": options.experiments,
-            "until": options.until,
-            "patience": options.patience,
-            "launch": options.launch,
-        }
-        if begun and options.renew:
-            facts["launch"] = options.launch or (read_facts(tag) or facts)["launch"]
-            write_facts(branch, f"refs/tags/base/{branch}^0", facts)
-        if not begun:
-            begin_night(branch, facts)
-        elif here != branch:
-            if edited_files():
-                raise Refused(f"{edited_files()[0]} has uncommitted edits: commit or undo them")
-            git("switch", "--quiet", branch)
-    if begun and any((options.experiments, options.until, options.patience)) and not options.renew:
-        call.say(f"{branch} has begun before: its limits stay (--renew: for the person)")
+        if git_or_none("rev-parse", "--quiet", "--verify", f"refs/heads/{branch}") is None:
+            begin_night(tag, facts)
+        else:
+            if options.renew:
+                facts["launch"] = options.launch or (read_facts(tag) or facts)["launch"]
+                write_facts(tag, f"refs/tags/base/{branch}^0", facts)
+            elif any(facts[name] for name in limits):
+                call.say(f"{branch} has begun before: its limits stay (--renew: for the person)")
+            if git_or_none("symbolic-ref", "--quiet", "--short", "HEAD") != branch:
+                refuse_edits(edited_files())
+                git("switch", "--quiet", branch)
     call.say(limits_line(Night()))
     call.may_run = True
-    answer = advance(call)[1]
-    show_failure(call)
-    return answer
+    return advance(call, step)
 
 
-def begin_night(branch, facts):
+def begin_night(tag, facts):
     """Check that a night can begin here; write tag, ledger and branch, in this order."""
-    edited = [name for name in edited_files() if name.endswith((".py", ".toml"))]
-    if edited:
-        raise Refused(f"{edited[0]} has uncommitted edits: commit or undo them")
+    refuse_edits(name for name in edited_files() if name.endswith((".py", ".toml")))
     if git_or_none("var", "GIT_COMMITTER_IDENT") is None:
         raise Refused("git needs user.name and user.email: git config user.email you@localhost")
     if LEDGER.exists() and read_ledger(LEDGER)[0]:
         raise Refused(f"{LEDGER.name} is of another night: move it away")
-    write_facts(branch, "HEAD", facts)
+    write_facts(tag, "HEAD", facts)
     LEDGER.write_text(HEADER + "\n", "utf-8")
-    git("switch", "--quiet", "--create", branch)
+    git("switch", "--quiet", "--create", f"autoresearch/{tag}")
 
 
-def write_facts(branch, commit, facts):
-    text = json.dumps(facts).encode()
-    git("tag", "--no-sign", "--force", "-a", "-F", "-", f"base/{branch}", commit, stdin=text)
+def refuse_edits(names):
+    for name in names:
+        raise Refused(f"{name} has uncommitted edits: commit or undo them")
 
 
 def read_idea(options):
@@ -1406,100 +1328,60 @@ def read_idea(options):
     return text
 
 
+def settled_night(call):
+    """Return (night, answer) with all done that needs no run; raise Refused while a run goes on."""
+    night = Night()
+    night.check_contract()
+    answer = step(night, call)
+    if answer is None:
+        raise Refused(f"a run is going: {ME} wait")
+    return night, answer
+
+
 def verb_try(options, call):
     words = read_idea(options)
     with one_at_a_time():
-        night = Night()
-        night.check_contract()
-        before = step(night, call)  # settles, and starts nothing: this call may not yet
-        if before is None or before.word == "RUNNING":
-            raise Refused(f"a run is going: {ME} wait")
+        night, before = settled_night(call)
         if before.word == "OVER":
-            raise Over(before.text)
-        edited = CANVAS in edited_files()
+            return before
         if before.word in ("KEEP", "DISCARD"):
             call.say(f"the last idea is settled first: {before.word} {before.text}")
-        idea = pending_idea(night)
-        if idea:
-            commit = try_again(night, call, idea, words, edited, before)
+        idea = night.idea_at_head()
+        if before.word == "NEXT" and (idea or read_wave() or night.baseline_left):
+            raise Refused(before.text)
+        if idea and CANVAS not in edited_files():
+            if words not in ("", subject(idea)):
+                raise Refused(f"{CANVAS} has no edit since {idea[:7]}, which failed: mend it")
+            call.retry = True
+            call.about = idea
         else:
-            commit = try_new(night, words, edited)
-        git("update-ref", idea_ref(night.tag, commit), commit)
+            call.about = commit_idea(night, call, idea, words)
     call.may_run = True
-    night, answer = advance(call, commit)
-    show_failure(call)
-    if night.head == commit and CANVAS in edited_files():
-        call.say(f"{CANVAS} was edited after its commit; the run is of {commit[:7]} as committed")
-    return answer
+    return advance(call, step)
 
 
-def pending_idea(night):
-    """Return the idea at HEAD that has no row yet, None if there is none."""
-    idea = night.idea_at_head()
-    return None if idea is None or night.rows_of(idea) else idea
-
-
-def try_new(night, words, edited):
-    """Commit an idea on the last kept commit; return it."""
-    if read_wave() or night.baseline_left:
-        raise Refused(f"the {'wave' if read_wave() else 'baseline'} is not finished: {ME} wait")
-    if not edited:
+def commit_idea(night, call, crashed, words):
+    """Commit train.py on the last kept commit, in place of an idea that crashed; return it."""
+    if CANVAS not in edited_files():
         raise Refused(f"{CANVAS} has no edit: edit it first")
-    if not words:
+    if not words and not crashed:
         raise Refused(f'say what the idea is: {ME} try "axis: idea"')
-    return commit_idea(words)
-
-
-def try_again(night, call, idea, words, edited, before):
-    """Go on with an idea that gave no number: mended, or as it is; or give it up for another."""
-    tried = attempts(night.tag, idea)
-    if before.word == "NEXT" and (not tried or valid_attempts(night, idea)):
-        raise Refused(f"{idea[:7]} waits for its run: {ME} wait")
-    old = subject(idea)
-    if not edited:
-        if words and words != old:
-            raise Refused(f"{CANVAS} has no edit since {idea[:7]}, which gave no number: mend it")
-        call.retry = True
-        return idea
-    if words and words != old and is_hard(night, tried[-1]):
-        night.book([crash_row(idea, old)])
-        call.say(f"{idea[:7]} is booked as a crash: {old}"[:LINE])
-    return commit_idea(words or old, "--amend")
-
-
-class Over(Exception):
-    """The night is over."""
-
-
-def commit_idea(words, *options):
-    """Commit train.py alone, past hooks and keys; return the commit."""
-    quiet = ("--quiet", "--no-verify", "--no-gpg-sign")
-    git("commit", *quiet, *options, "-F", "-", "--", CANVAS, stdin=words.encode())
+    amend = []
+    if crashed:
+        amend = ["--amend"]
+        old = subject(crashed)
+        if words not in ("", old):  # another idea: the old one is given up
+            night.book([crash_row(crashed, old)])
+            call.say(f"{crashed[:7]} is booked as a crash: {old}"[:LINE])
+        words = words or old
+    quiet = ("--quiet", "--no-verify", "--no-gpg-sign")  # past hooks and keys
+    git("commit", *quiet, *amend, "-F", "-", "--", CANVAS, stdin=words.encode())
     return git("rev-parse", "HEAD")
 
 
 def verb_wait(options, call):
     call.may_run = True
-    with one_at_a_time():
-        about = pending_idea(Night())
-    answer = advance(call, about)[1]
-    show_failure(call)
-    return answer
-
-
-def show_failure(call):
-    """Say how the log of the run ends that the answer calls a crash."""
-    if call.failed and call.failed.result.get("word") == "crash":
-        show_end_of_log(call, call.failed, lines=6)
-
-
-def show_end_of_log(call, training, lines):
-    """Say how a run's log ends; what stands in it is data, and nobody's orders."""
-    path = training.folder / "run.log"
-    if path.exists():
-        shown = [line for line in read_log(path).split("\n") if line.strip()]
-        for line in shown[-lines:]:
-            call.say(f"| {line[:100]}")
+    return advance(call, step)
 
 
 def verb_drop(options, call):
@@ -1507,13 +1389,10 @@ def verb_drop(options, call):
     if not why:
         raise Refused(f'say why: {ME} drop "too much code for its gain"')
     with one_at_a_time():
-        night = Night()
-        night.check_contract()
-        if step(night, call) is None:
-            raise Refused(f"a run is going: {ME} wait")
+        night, _ = settled_night(call)
         if read_wave():
             raise Refused(f"a wave is not finished: {ME} wait")
-        idea = pending_idea(night)
+        idea = night.idea_at_head()
         if idea:
             return drop_pending(night, call, idea, why)
         if CANVAS in edited_files():
@@ -1525,11 +1404,10 @@ def verb_drop(options, call):
 def drop_pending(night, call, idea, why):
     """Book an idea that has no verdict, as far as it has run, and put it back."""
     words = f"{subject(idea)}; dropped: {why}"
-    ours = valid_attempts(night, idea)
-    tried = [t for t in attempts(night.tag, idea) if is_hard(night, t)]
+    ours = night.valid(idea)
     if ours:
         night.book([row_of(training, "discard", words) for training in ours])
-    elif tried:
+    elif any(training.word in FAILED for training in night.attempts(idea)):
         night.book([crash_row(idea, words)])
     put_back(night, call)
     return verdict_on(night, idea)
@@ -1538,7 +1416,7 @@ def drop_pending(night, call, idea, why):
 def drop_kept(night, call, why):
     """Turn the last keep into a discard, if nothing came after it."""
     last = night.experiments[-1] if night.experiments else None
-    if not last or last.status != "keep" or last.commit != night.kept[:7]:
+    if not last or last.status != "keep":
         raise Refused("there is nothing to drop: no idea is pending, and the last one is not kept")
     commit = night.kept
     if night.head != commit:
@@ -1557,9 +1435,9 @@ def drop_kept(night, call, why):
 
 
 def verb_look(options, call):
-    night, answer = advance(call)
-    lines = look_lines(night)
-    call.lines = call.lines[-2:] + night.notes[:1] + lines
+    answer = advance(call, step)
+    night = Night()
+    call.lines = call.lines[-2:] + night.notes[:1] + look_lines(night)
     return answer
 
 
@@ -1575,7 +1453,7 @@ def limits_line(night):
         hours = f"{left // 3600:.0f} h {left % 3600 // 60:.0f} min left"
         parts.append(f"until {show_time(night.facts['until'])}, {hours}")
     if night.facts["patience"]:
-        parts.append(f"nothing kept in {night.fruitless()} of {night.facts['patience']}")
+        parts.append(f"nothing kept in {night.fruitless} of {night.facts['patience']}")
     return f"{night.tag}: {'; '.join(parts)}"
 
 
@@ -1595,11 +1473,9 @@ def look_lines(night):
         lines.append(f"kept {experiment.commit} +{figure(experiment.gain, 3)} {experiment.idea}")
     lines += axis_lines(night)
     for experiment in near_misses(night)[:2]:
-        count = len(experiment.runs)
-        error = night.noise * math.sqrt(2 / count)
-        needed = figure(error * (HIGH if count == 1 else BAR), 3)
-        gain = figure(experiment.gain, 3)
-        lines.append(f"near {experiment.commit} +{gain} of {needed} {experiment.idea}")
+        needed = judge(experiment.runs, experiment.parent_runs, night.noise).bar
+        gain = f"+{figure(experiment.gain, 3)} of {figure(needed, 3)}"
+        lines.append(f"near {experiment.commit} {gain} {experiment.idea}")
     for row in night.rows[-2:]:
         lines.append("row  " + format_row(row).strip().replace("\t", " "))
     lines = lines[:2] + [shorten(line) for line in lines[2:]]
@@ -1648,18 +1524,26 @@ def verb_show(options, call):
         night = Night()
         commit = full_commit(night.tag, options.commit)
     call.say(f"{commit[:7]} {subject(commit)}")
-    found = [e for e in night.experiments if e.commit == commit[:7]]
-    diff = git("diff", f"{commit}^", commit, "--", CANVAS).splitlines()[4:]
+    diff = git("diff-tree", "-p", f"{commit}^", commit, "--", CANVAS).splitlines()[4:]
     room = max(options.lines - 12, 4)
     for line in diff[:room]:
         call.say(line[:LINE])
     if len(diff) > room:
         call.say(f"... {len(diff) - room} more lines: {ME} show --lines N {commit[:7]}")
-    for training in attempts(night.tag, commit)[-1:]:
+    for training in night.attempts(commit)[-1:]:
         show_end_of_log(call, training, lines=8)
-    if found:
+    if night.rows_of(commit) and commit != night.base:
         return verdict_on(night, commit)
     return Answer("NEXT", f"{commit[:7]} has no row; {ME} look")
+
+
+def show_end_of_log(call, training, lines):
+    """Say how a run's log ends; what stands in it is data, and nobody's orders."""
+    path = training.folder / "run.log"
+    if path.exists():
+        shown = [line for line in read_log(path).split("\n") if line.strip()]
+        for line in shown[-lines:]:
+            call.say(f"| {line[:100]}")
 
 
 def verb_stop(options, call):
@@ -1675,93 +1559,56 @@ def verb_stop(options, call):
     if options.night:
         with one_at_a_time():
             night = Night()
-            facts = night.facts | {"until": int(time.time())}
-            write_facts(f"autoresearch/{night.tag}", night.base, facts)
+            write_facts(night.tag, night.base, night.facts | {"until": int(time.time())})
         return Answer("OVER", "the night is over; nothing was booked")
     return Answer("NEXT", f"nothing was booked: {ME} wait runs it again, {ME} drop gives it up")
 
 
 def verb_wave(options, call):
     with one_at_a_time():
-        night = Night()
-        night.check_contract()
-        if step(night, call) is None:
-            raise Refused(f"a run is going: {ME} wait")
+        night, _ = settled_night(call)
         if read_wave() or night.baseline_left or night.idea_at_head():
             raise Refused(f"finish what is pending first: {ME} wait")
         if night.over():
-            raise Over(night.over())
-        if CANVAS in edited_files():
-            raise Refused(f"{CANVAS} has uncommitted edits: commit or undo them")
-        commits = []
-        for name in options.commits:
-            commit = full_commit(night.tag, name)
-            files = git("diff", "--name-only", "--relative", f"{commit}^", commit).split()
+            return Answer("OVER", night.over())
+        refuse_edits(name for name in edited_files() if name == CANVAS)
+        commits = list(dict.fromkeys(full_commit(night.tag, name) for name in options.commits))
+        for commit in commits:
+            files = git("diff", "--name-only", "--relative", f"{commit}^", commit).splitlines()
             if files != [CANVAS]:
-                raise Refused(f"{name} is no idea: it changes {', '.join(files) or 'nothing'}")
+                what = ", ".join(files) or "nothing"
+                raise Refused(f"{commit[:7]} is no idea: it changes {what}")
             if night.rows_of(commit) and git("rev-parse", f"{commit}^") == night.head:
-                raise Refused(f"{name} was tried on {night.head[:7]}: {ME} show {name}")
-            if commit not in commits:
-                commits.append(commit)
+                raise Refused(f"{commit[:7]} was tried on {night.head[:7]}: {ME} show {commit[:7]}")
         jobs = options.jobs or (len(commits) if night.facts["launch"] else 1)
         if not begin_wave(night, call, commits, jobs, night.kept):
             raise Refused(f"none of these applies to {night.head[:7]}")
     call.may_run = True
-    return advance(call)[1]
+    return advance(call, step)
 
 
 def verb_final(options, call):
-    with one_at_a_time():
-        night = Night()
-        night.check_contract()
-        if not night.over():
-            raise Refused(f"the night goes on: end it first with {ME} stop --night")
-        if night.kept == night.base:
-            raise Refused("nothing was kept, so there is nothing to compare with the base")
-    wanted = [(commit, seed) for seed in SEEDS for commit in (night.base, night.kept)]
-    values = {}
-    while True:
-        with one_at_a_time():
-            failed = step_final(night, call, wanted, values)
-        if failed:
-            show_end_of_log(call, failed, lines=6)
-            return Answer("CRASH", f"{failed.folder.name}: {failed.result.get('why', 'cut off')}")
-        if len(values) == len(wanted):
-            return final_table(night, call, values)
-        wait_for(call)
-        if time.monotonic() >= call.deadline:
-            return Answer("RUNNING", f"{len(values)} of {len(wanted)} runs are done: {ME} final")
+    call.may_run = True
+    return advance(call, step_final)
 
 
-def step_final(night, call, wanted, values):
-    """Take in what was scored on the test shard and start what is missing; return a failed run."""
-    call.going = []
-    for commit, seed in wanted:
-        tried = attempts(night.tag, commit, "test")
-        last = ([t for t in tried if t.job["seed"] == seed] or [None])[-1]
-        if last and last.result.get("word") == "valid":
-            values[commit, seed] = last.value
-        elif last and last.going:
-            call.watched.add(last.folder.name)
-            call.going = [last]
-            return None
-        elif last and last.folder.name in call.watched:
-            return last
-        else:
-            folder = start_run(night, commit, seed, split="test", foreground=call.foreground)
-            if folder:
-                call.watched.add(folder.name)
-                call.going = [Training(folder, {}, {}, True)]
-            return None
-    return None
-
-
-def final_table(night, call, values):
-    """Say what base and winner score on the test shard, seed by seed."""
-    gains = []
+def step_final(night, call):
+    """Score base and winner on the test shard; return the Answer, None while runs are awaited."""
+    if not night.over():
+        raise Refused(f"the night goes on: end it first with {ME} stop --night")
+    if night.kept == night.base:
+        raise Refused("nothing was kept, so there is nothing to compare with the base")
+    pairs = []
     for seed in SEEDS:
-        base, winner = values[night.base, seed], values[night.kept, seed]
+        pairs.append([Need(commit, seed, split="test") for commit in (night.base, night.kept)])
+    left = [need for pair in pairs for need in pair if not night.valid(*need)]
+    if left:
+        return outcome(night, call, start_runs(night, call, left), f"{len(left)} runs")
+    gains = []
+    for pair in pairs:
+        base, winner = (night.valid(*need)[-1].value for need in pair)
         gains.append(gain_of(base, winner))
+        seed = pair[0].seed
         call.say(f"seed {seed}: base {figure(base)}, {night.kept[:7]} {figure(winner)}")
     spread = statistics.stdev(gains)
     text = f"test gain {figure(statistics.fmean(gains), 3)}, deviation {figure(spread, 3)}"
@@ -1770,26 +1617,17 @@ def final_table(night, call, values):
 
 # --- Command line ---------------------------------------------------------------------------------
 
-STATUS = {
-    "KEEP": 0,
-    "NEXT": 0,
-    "REFUSED": 2,
-    "DISCARD": 3,
-    "CRASH": 4,
-    "BUSY": 5,
-    "RUNNING": 6,
-    "OVER": 7,
+MAX_LINES = 15  # of an answer
+ANSWERS = {  # the first word of the last line: the exit status, and what it means
+    "KEEP": (0, "the idea is kept"),
+    "NEXT": (0, "nothing is running; what to do next"),
+    "REFUSED": (2, "nothing is booked; why, and what to do about it"),
+    "DISCARD": (3, "the idea is booked and put back"),
+    "CRASH": (4, "the run failed: mend train.py and try again, or drop the idea"),
+    "BUSY": (5, "the run was disturbed or the device is in use; nothing is booked; wait"),
+    "RUNNING": (6, "the run goes on; wait"),
+    "OVER": (7, "a limit of the night is reached"),
 }
-MAX_LINES = 15
-EPILOG = """The last line of every answer begins with one word, which sets the exit status:
-  0 KEEP      the idea is kept
-  0 NEXT      nothing is pending; what to do next
-  2 REFUSED   nothing was done; why, and what to run
-  3 DISCARD   the idea is booked and put back
-  4 CRASH     the run failed: mend train.py and try again, or drop the idea
-  5 BUSY      the run was disturbed or the device is in use; nothing is booked; wait
-  6 RUNNING   the run goes on; wait
-  7 OVER      a limit of the night is reached"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -1808,26 +1646,28 @@ def positive(text):
 def moment(text):
     """Return the time that HH:MM or a date with HH:MM means, in seconds of the epoch."""
     now = datetime.now()
-    for pattern in ("%H:%M", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M"):
-        try:
-            end = datetime.strptime(text, pattern)
-        except ValueError:
-            continue
-        if pattern == "%H:%M":
-            end = now.replace(hour=end.hour, minute=end.minute, second=0, microsecond=0)
+    try:
+        if len(text) <= len("HH:MM"):
+            end = datetime.combine(now, datetime.strptime(text, "%H:%M").time())
             if end <= now:
                 end += timedelta(days=1)
-        if end <= now:
-            raise argparse.ArgumentTypeError(f"{text!r} has passed; it is {now:%Y-%m-%d %H:%M}")
-        return int(end.timestamp())
-    raise argparse.ArgumentTypeError(f"{text!r} is neither HH:MM nor 'YYYY-MM-DD HH:MM'")
+        else:
+            end = datetime.strptime(text, "%Y-%m-%d %H:%M")
+    except ValueError:
+        message = f"{text!r} is neither HH:MM nor 'YYYY-MM-DD HH:MM'"
+        raise argparse.ArgumentTypeError(message) from None
+    if end <= now:
+        raise argparse.ArgumentTypeError(f"{text!r} has passed; it is {now:%Y-%m-%d %H:%M}")
+    return int(end.timestamp())
 
 
 def make_parser():
+    answers = [f"  {status} {word:8} {text}" for word, (status, text) in ANSWERS.items()]
+    begins = "The last line of every answer begins with one word, which sets the exit status:"
     parser = Parser(
         prog="ratchet.py",
         description="Run a night of experiments: train, judge, book, keep or put back.",
-        epilog=EPILOG,
+        epilog="\n".join([begins, *answers]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -1875,13 +1715,8 @@ def make_parser():
 
 def main():
     words = sys.argv[1:]
-    if words[:1] == ["_run"]:  # the runner that start_run starts; not for people
-        # A client may end a call with all that descends from it, sessions of their own included
-        if os.getsid(0) == os.getpid() and os.fork():
-            os._exit(0)
-        folder = Path(words[1])
-        (folder / "alive").write_text(str(os.getpid()))
-        run_training(folder, [int(fd) for fd in words[3:]])
+    if words[:1] == ["_run"]:  # not for people
+        be_runner(*words[1:])
         return 0
     call = Call()
     most = MAX_LINES
@@ -1891,14 +1726,13 @@ def main():
             unlimited = options.foreground or options.verb in ("wave", "final")
             default = math.inf if unlimited else CALL_SECONDS
             seconds = default if options.seconds is None else options.seconds
-            call = Call(foreground=options.foreground, seconds=seconds)
+            verb = "final" if options.verb == "final" else "wait"
+            call = Call(verb, options.foreground, seconds)
         if options.verb == "show":
             most = options.lines
         answer = globals()[f"verb_{options.verb}"](options, call)
     except Refused as error:
         answer = Answer("REFUSED", str(error))
-    except Over as error:
-        answer = Answer("OVER", str(error))
     except OSError as error:
         answer = Answer("REFUSED", f"{error.filename or 'ratchet.py'}: {error.strerror or error}")
     except KeyboardInterrupt:
@@ -1906,7 +1740,7 @@ def main():
     for line in call.lines[-(most - 1) :]:
         print(line)
     print(answer.word, " ".join(answer.text.split()))
-    return STATUS[answer.word]
+    return ANSWERS[answer.word][0]
 
 
 if __name__ == "__main__":

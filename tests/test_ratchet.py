@@ -867,11 +867,13 @@ def test_two_calls_that_wait_for_one_run_give_one_answer(agent):
     calls = [agent.start_process("try", "width: slow")]
     wait_for(agent.folder / "up")
     calls += [agent.start_process("wait") for _ in range(3)]
-    time.sleep(0.5)
+    time.sleep(1)
     agent.write("go", "")
     said = [call.communicate()[0].splitlines()[-1] for call in calls]
     assert said[0].startswith("DISCARD gain")
-    assert set(said[1:]) <= {said[0], said[-1]}  # a call that came late finds nothing to wait for
+    late = [line for line in said if line != said[0]]  # such a call finds nothing to wait for
+    assert len(late) < 3
+    assert all(line.startswith("NEXT edit") for line in late)
     assert len(agent.rows()) == 4
 
 
@@ -906,7 +908,8 @@ def test_an_orphan_keeps_the_device_and_gives_nobody_its_result(agent):
 def test_a_run_that_ends_while_it_is_asked_for_is_not_taken_for_dead(tmp_path, monkeypatch):
     folder = tmp_path / "abcdef0-42"
     folder.mkdir()
-    job = {"tag": "nov21", "split": "val", "started": 1.0}
+    job = {"tag": "nov21", "commit": "abcdef0", "seed": 42, "split": "val"}
+    job |= {"started": 1.0, "slot": 0}
     (folder / "job.json").write_text(json.dumps(job))
 
     def is_going(folder):
@@ -917,7 +920,7 @@ def test_a_run_that_ends_while_it_is_asked_for_is_not_taken_for_dead(tmp_path, m
     monkeypatch.setattr(ratchet, "RUNS", tmp_path)
     monkeypatch.setattr(ratchet, "is_going", is_going)
     (training,) = ratchet.attempts("nov21", "abcdef0")
-    assert training.going or training.result
+    assert training.word != "cut off"
 
 
 def test_foreground(agent):
@@ -1254,6 +1257,8 @@ def test_show(agent):
     word, out = agent.call("show", commit, lines=60)
     assert word == "DISCARD"
     assert "width: worse" in out and "+VALUES" in out and "| depth:" in out
+    agent.git("config", "color.ui", "always")
+    assert agent.call("show", commit, lines=60)[1] == out
     agent.attempt("width: typo", text="import oss\n")
     assert "No module named" in agent.call("show", "HEAD", lines=60)[1]
     assert one_line(agent.call("show", "1234567"), "REFUSED")
@@ -1373,7 +1378,11 @@ def knobs(agent, first=0, second=0, third=0):
     )
 
 
-def test_the_keeps_of_a_wave_are_combined(fresh):
+@pytest.mark.parametrize("sub", ["", "recipes/gpt two"])
+def test_the_keeps_of_a_wave_are_combined(tmp_path, sub):
+    fresh = scratch(tmp_path, sub)
+    for setting in ("diff.noprefix=true", "color.ui=always", "apply.whitespace=error-all"):
+        fresh.git("config", *setting.split("="))
     fresh.write("train.py", knobs(fresh))
     fresh.git("commit", "-qam", "knobs")
     fresh.call("start", "nov21")
@@ -1402,6 +1411,15 @@ def test_a_wave_through_a_busy_machine(fresh):
     assert fresh.call("wait")[0] == "KEEP"
     assert [row[0] for row in fresh.rows()[3:]] == ideas
     assert len(fresh.calls()) == 6
+
+
+def test_an_edit_during_a_wave_is_saved(agent):
+    edits = "(here / 'train.py').write_text('mine')"
+    (idea,) = ideas_of(agent, agent.canvas((0.9960,), last_words=edits))
+    assert agent.call("wave", idea)[0] == "KEEP"
+    assert agent.head() == idea
+    assert agent.git("status", "--porcelain") == ""
+    assert next((agent.folder / "runs").glob("edited-*.py")).read_text() == "mine"
 
 
 @pytest.mark.parametrize("case", ["nothing", "another file", "conflict"])
@@ -1462,7 +1480,7 @@ def test_everything_that_the_orders_name_exists():
     for words in calls:
         ratchet.make_parser().parse_args(shlex.split(" ".join(words[3:])))
     answers = re.findall(r"^\| `([A-Z]+)` \|", text, re.M)
-    assert sorted(answers) == sorted(ratchet.STATUS)
+    assert sorted(answers) == sorted(ratchet.ANSWERS)
     files = {name for name in named if re.fullmatch(r"[\w.-]+\.\w+", name)}
     assert files == {"prepare.py", "train.py", "results.tsv"}
     contract = (ROOT / "prepare.py").read_text()
@@ -1508,7 +1526,7 @@ def test_real_train(prepared_cache, tmp_path):
     (base,) = {row[0] for row in agent.rows()}
     result = json.loads((agent.runs(base)[0] / "result.json").read_text())
     assert agent.rows()[0][1] == f"{result['value']:.6f}"
-    assert result["setting"]["attention"].startswith("attention: sdpa")
+    assert re.fullmatch(r"attention: \w+", result["setting"]["attention"])
     assert result["steps"] > 0 and result["memory_mb"] > 100 and result["losses"]
     assert result["total_seconds"] > 2
 
