@@ -70,13 +70,25 @@ if not ON_CUDA:  # a CPU or Apple silicon: what differs from the above, tuned on
 
 # --- Attention ------------------------------------------------------------------------------------
 
-DOWNLOAD_SECONDS = 120  # that a run waits at most for the Hub; a night waits so once
 
-# Version 1 is a branch. It must come from an organisation that the Hub trusts, or this fails
-DOWNLOAD = """
-from kernels import install_kernel
-print(install_kernel("kernels-community/flash-attn3", version=1))
-"""
+def choose_attention(device):
+    """Return "flash-attn3" or "flex" for a GPU, "blocked" elsewhere; print why not the first."""
+    if device.type != "cuda":
+        return "blocked"
+    try:
+        capability = torch.cuda.get_device_capability(device)
+        if capability[0] != 8 and capability != (9, 0):
+            raise RuntimeError(f"not built for compute capability {capability}")
+        q = torch.randn(1, 256, 1, HEAD_DIM, device=device, dtype=torch.bfloat16).requires_grad_()
+        flash_attention_3()(q, q, q, causal=True, window_size=(64, 0)).sum().backward()
+        torch.cuda.synchronize()
+        return "flash-attn3"
+    except Exception as error:
+        print(f"attention: no flash-attn3, using flex: {first_line(error)}")
+        return "flex"
+
+
+DOWNLOAD_SECONDS = 120  # that a run waits at most for the Hub; a night waits so once
 
 
 def download_flash_attention_3():
@@ -85,7 +97,9 @@ def download_flash_attention_3():
     It is done in a process of its own, because the client of the Hub may wait for an answer without
     end, and writes to the log. Raises RuntimeError with the reason if the download fails.
     """
-    command = [sys.executable, "-c", DOWNLOAD]
+    # Version 1 is a branch. It fails unless the Hub trusts the organisation
+    install = 'kernels.install_kernel("kernels-community/flash-attn3", version=1)'
+    command = [sys.executable, "-c", f"import kernels; print({install})"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)
     except subprocess.TimeoutExpired:
@@ -111,27 +125,11 @@ def flash_attention_3():
         folder = download_flash_attention_3()
         remember(key, folder)
     if not folder:
-        advice = f"to try again, delete {memory_path()}"
-        raise RuntimeError(f"its download took over {DOWNLOAD_SECONDS} s; {advice}")
+        without_limit = "import train; train.DOWNLOAD_SECONDS = None; train.flash_attention_3()"
+        advice = f'delete {memory_path()} and run: uv run python -c "{without_limit}"'
+        raise RuntimeError(f"its download took over {DOWNLOAD_SECONDS} s; to try again, {advice}")
     logging.getLogger("kernels").setLevel(logging.ERROR)  # it warns of how a package was built
     return get_local_kernel(Path(folder)).flash_attn_func
-
-
-def choose_attention(device):
-    """Return "flash-attn3" or "flex" for a GPU, "blocked" elsewhere; print why not the first."""
-    if device.type != "cuda":
-        return "blocked"
-    try:
-        capability = torch.cuda.get_device_capability(device)
-        if capability[0] != 8 and capability != (9, 0):
-            raise RuntimeError(f"not built for compute capability {capability}")
-        q = torch.randn(1, 256, 1, HEAD_DIM, device=device, dtype=torch.bfloat16).requires_grad_()
-        flash_attention_3()(q, q, q, causal=True, window_size=(64, 0)).sum().backward()
-        torch.cuda.synchronize()
-        return "flash-attn3"
-    except Exception as error:
-        print(f"attention: no flash-attn3, using flex: {first_line(error)}")
-        return "flex"
 
 
 def masked_attention(q, k, v, mask):
