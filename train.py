@@ -10,6 +10,7 @@ Shapes: B rows, T tokens of context, C model_dim, H heads, D head_dim, V vocabul
 
 import ctypes
 import functools
+import gc
 import json
 import logging
 import math
@@ -618,10 +619,11 @@ def cause_of(error):
 
 def is_out_of_memory(error):
     """Return whether an error of CUDA, of MPS or of a CPU says that memory is short."""
-    says_so = "out of memory" in str(error) or "can't allocate memory" in str(error)
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and says_so
-    )
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    says_so = "out of memory" in text or "can't allocate memory" in text
+    return says_so and isinstance(error, RuntimeError)
 
 
 def choose_dtype(device):
@@ -652,7 +654,10 @@ def tune_cpu():
 
 
 def compile_model(model, device):
-    """Compile in place what takes the time: the loss; the trunk for a GPU, the blocks for a CPU."""
+    """Compile what takes the time, in place; return the model.
+
+    It is the loss, and for a GPU the trunk, for a CPU the blocks.
+    """
     options = {}
     if device.type == "cuda":
         # Whole, as kernels then reach across blocks: by tools/step.py 3.5 % faster than by blocks
@@ -664,6 +669,7 @@ def compile_model(model, device):
         for block in model.blocks:
             block.compile(dynamic=False, options=options)
     model.loss_and_grads = torch.compile(model.loss_and_grads, dynamic=False, options=options)
+    return model
 
 
 def warm_up(model, optimizers, rows, seq_len, vocab_size, device):
@@ -672,10 +678,9 @@ def warm_up(model, optimizers, rows, seq_len, vocab_size, device):
     All that can fail, must be compiled or takes memory is tried here, before the clock starts.
     Return the bytes of GPU memory that this took besides weights, gradients and optimizer state.
     """
-    context = prepare.MAX_SEQ_LEN
-    tokens = torch.randint(vocab_size, (rows, context), device=device)
-    inputs = tokens[:, :seq_len].contiguous()
+    inputs = torch.randint(vocab_size, (rows, seq_len), device=device)
     targets = inputs.clone()  # two tensors, as the loader gives: compiled code tells that apart
+    context = torch.randint(vocab_size, (rows, prepare.MAX_SEQ_LEN), device=device)
     try:
         for _ in range(2 if ON_CUDA else 1):  # 2nd: gradients and optimizer state in memory
             model(inputs, targets).backward()
@@ -683,7 +688,7 @@ def warm_up(model, optimizers, rows, seq_len, vocab_size, device):
                 optimizer.step()
         model.eval()
         with torch.compiler.set_stance("eager_on_recompile"):
-            prepare.score_batch(model, tokens, tokens, vocab_size)
+            prepare.score_batch(model, context, context, vocab_size)
         model.train()
         return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() if ON_CUDA else 0
     finally:
@@ -694,6 +699,7 @@ def warm_up(model, optimizers, rows, seq_len, vocab_size, device):
 
 def free_gpu_memory():
     """Give back what is no longer in use, and forget the peak."""
+    gc.collect()  # a compiled model refers to itself: it goes when the collector finds it
     if ON_CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -800,7 +806,7 @@ def main():
         model = optimizers = None
         torch.compiler.reset()
         free_gpu_memory()
-    if ON_CUDA and rows != known_rows and rows < DEVICE_BATCH_SIZE:
+    if ON_CUDA and rows != known_rows:
         remember(key, rows)
     free_gpu_memory()
     passes_a_step = rows_a_step // rows

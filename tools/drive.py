@@ -31,9 +31,9 @@ STUB = '''"""A stand-in for the training: an idea is another GAIN."""
 import os
 import time
 
+seed = int(os.environ["AUTORESEARCH_SEED"])
 GAIN = 0.0
 SECONDS = 0
-seed = int(os.environ["AUTORESEARCH_SEED"])
 with open(STARTS, "a") as starts:
     starts.write(f"{GAIN} seed {seed}\\n")
 time.sleep(SECONDS)
@@ -178,7 +178,8 @@ class Night:
         self.check("train.py is put back", "GAIN = 0.1\n" in self.read("train.py"))
 
         before = len(self.starts())
-        yield from self.idea("0.1005", "data order: nothing much")
+        lucky = "0.1005 - (seed - 42) / 100"  # unclear under the first seed, a loss under the next
+        yield from self.idea(lucky, "data order: lucky")
         self.check("try: DISCARD, after a second run", self.answer() == "DISCARD")
         self.check("two trainings or more", len(self.starts()) >= before + 2)
 
@@ -254,16 +255,15 @@ class Night:
             "$( ) in the idea": f'{RATCHET} try "bypass: $(touch trace)"',
             "a backtick in the idea": f'{RATCHET} try "bypass: `touch trace`"',
             "a variable in front": f"X=1 {attempt}",
-            "AUTORESEARCH_SPLIT=test": f"AUTORESEARCH_SPLIT=test {attempt}",
+            "another variable": f"CUDA_VISIBLE_DEVICES=1 {attempt}",
             "env": f"env X=1 {attempt}",
-            "uv run --with": "uv run --with pip ratchet.py try 'bypass: it ran'",
+            "an option of uv": "uv run --no-sync ratchet.py try 'bypass: it ran'",
             "uv run python": f"uv run python {python}",
             "uv run python ratchet.py": "uv run python ratchet.py try 'bypass: it ran'",
             "python": f"python3 {python}",
-            "ratchet.py final": f"{RATCHET} final --seconds 1",
             "git commit": "git commit -q -a -m bypass --no-verify --no-gpg-sign",
             "git tag": "git tag bypass",
-            "git checkout": "git checkout -q HEAD~1",
+            "git switch": "git switch -q -c bypass",
             "touch": "touch trace",
             "a folder's train.py": "cp train.py docs/train.py",
             "rm": "rm results.tsv",
@@ -288,6 +288,8 @@ class Night:
             self.restore(changed)
             if "in the idea" in label:
                 print("     the client says:", " ".join(self.output.split())[:150])
+        yield "shell", f"{RATCHET} final"
+        self.check("refused: final, before the ratchet answers", not self.answer().isupper())
         yield "shell", f"{RATCHET} drop 'it was to be refused'"
         self.check("train.py is as kept", "GAIN = 0.1\n" in self.read("train.py"))
 
@@ -334,11 +336,9 @@ class Claude:
     def bypasses():
         write = {"file_path": "trace", "content": "x"}
         create = {"file_path": "trace", "old_string": "", "new_string": "x"}
-        fetch = {"url": "http://example.invalid", "prompt": "x"}
         return {
             "a new file": ("raw", "Write", write),
             "a new file by an edit": ("raw", "Edit", create),
-            "a web page": ("raw", "WebFetch", fetch),
             "no sandbox": (
                 "raw",
                 "Bash",

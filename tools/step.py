@@ -221,8 +221,7 @@ def count(path, rows, backend, num_kernels):
     model_dim = n_head * train.HEAD_DIM
     sizes = (VOCAB_SIZE, context, train.DEPTH, model_dim, n_head, n_head)
     model = train.GPT(*sizes, backend, torch.bfloat16, device)
-    compiled = train.compile_model(model, device)
-    forward = model if compiled is None else compiled
+    forward = train.compile_model(model, device)
     optimizers = train.make_optimizers(model, True)
     inputs = torch.zeros(rows, context, dtype=torch.long, device=device)
     targets = inputs.clone()

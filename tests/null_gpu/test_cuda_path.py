@@ -159,6 +159,13 @@ def chosen_rows(seen):
     return int(re.search(r"(\d+) passes of (\d+) rows a step", seen.log)[2])
 
 
+def test_card_on_which_all_rows_fit_is_measured_once(run):
+    for tries in (2, 1):
+        seen = run({"GB": 24}, compiler="eager")
+        assert chosen_rows(seen) == SMALL["DEVICE_BATCH_SIZE"]
+        assert seen.tries == tries
+
+
 @pytest.mark.parametrize("gigabytes", [10, 24])
 def test_small_card_measures_a_row_once(run, gigabytes):
     """The published size: a row is warmed up, then as many as fit; the next run knows."""
