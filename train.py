@@ -15,14 +15,17 @@ import json
 import logging
 import math
 import os
+import re
+import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from kernels import get_kernel
+from kernels import get_local_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import prepare
@@ -69,16 +72,6 @@ if not ON_CUDA:  # a CPU or Apple silicon: what differs from the above, tuned on
 # --- Attention ------------------------------------------------------------------------------------
 
 
-@functools.cache
-def flash_attention_3():
-    """Return flash_attn_func of FlashAttention-3 from the Hub (Shah et al., arXiv 2407.08608).
-
-    This downloads a compiled package of the kernels-community organisation once and executes it.
-    To do without it, let choose_attention return "flex" on CUDA.
-    """
-    return get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
-
-
 def choose_attention(device):
     """Return "flash-attn3" or "flex" for a GPU, "blocked" elsewhere; print why not the first."""
     if device.type != "cuda":
@@ -94,6 +87,50 @@ def choose_attention(device):
     except Exception as error:
         print(f"attention: no flash-attn3, using flex: {first_line(error)}")
         return "flex"
+
+
+DOWNLOAD_SECONDS = 120  # that a run waits at most for the Hub; a night waits so once
+
+
+def download_flash_attention_3():
+    """Download FlashAttention-3 from the Hub; return its folder, or "" if that takes too long.
+
+    It is done in a process of its own, because the client of the Hub may wait for an answer without
+    end, and writes to the log. Raises RuntimeError with the reason if the download fails.
+    """
+    # Version 1 is a branch. It fails unless the Hub trusts the organisation
+    install = 'kernels.install_kernel("kernels-community/flash-attn3", version=1)'
+    command = [sys.executable, "-c", f"import kernels; print({install})"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)
+    except subprocess.TimeoutExpired:
+        return ""
+    if done.returncode != 0:
+        errors = re.findall(r"^[\w.]+: .+", done.stderr, flags=re.MULTILINE)
+        raise RuntimeError(errors[0] if errors else f"its download ended with {done.returncode}")
+    return done.stdout.splitlines()[-1]
+
+
+@functools.cache
+def flash_attention_3():
+    """Return flash_attn_func of FlashAttention-3 from the Hub (Shah et al., arXiv 2407.08608).
+
+    The first run downloads a compiled package of the kernels-community organisation. Every run
+    executes it, and it may do what you may do. To do without it, let choose_attention return "flex"
+    on CUDA: then nothing is downloaded, and nothing of it is executed. Raises RuntimeError, or what
+    the package raises, if it cannot be had.
+    """
+    key = f"flash-attn3 for torch {torch.__version__}"
+    folder = remembered().get(key)
+    if folder is None or (folder and not Path(folder).exists()):
+        folder = download_flash_attention_3()
+        remember(key, folder)
+    if not folder:
+        without_limit = "import train; train.DOWNLOAD_SECONDS = None; train.flash_attention_3()"
+        advice = f'delete {memory_path()} and run: uv run python -c "{without_limit}"'
+        raise RuntimeError(f"its download took over {DOWNLOAD_SECONDS} s; to try again, {advice}")
+    logging.getLogger("kernels").setLevel(logging.ERROR)  # it warns of how a package was built
+    return get_local_kernel(Path(folder)).flash_attn_func
 
 
 def masked_attention(q, k, v, mask):
@@ -673,21 +710,25 @@ def largest_divisor(number, limit):
     return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
 
 
-def remembered_rows():
-    """Return {model and card: rows a forward pass} of earlier runs; empty if it cannot be read."""
+def memory_path():
+    """Return the path of what runs remember for later runs, JSON."""
+    return prepare.CACHE_DIR / "remembered.json"
+
+
+def remembered():
+    """Return what earlier runs remembered, a dictionary; empty if it cannot be read."""
     try:
-        return dict(json.loads((prepare.CACHE_DIR / "rows.json").read_text()))
+        return dict(json.loads(memory_path().read_text()))
     except (OSError, ValueError, TypeError):
         return {}
 
 
-def remember_rows(key, rows):
-    """Add the rows that fitted to what later runs read."""
-    path = prepare.CACHE_DIR / "rows.json"
-    temporary = path.with_suffix(f".{os.getpid()}")
+def remember(key, value):
+    """Add an entry to what later runs read."""
+    temporary = memory_path().with_suffix(f".{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(remembered_rows() | {key: rows}, indent=0))
-        temporary.replace(path)
+        temporary.write_text(json.dumps(remembered() | {key: value}, indent=0))
+        temporary.replace(memory_path())
     except OSError as error:
         print(f"not remembered for the next run: {first_line(error)}")
 
@@ -725,7 +766,7 @@ def main():
     if ON_CUDA:
         sizes = (device_bytes, vocab_size, DEPTH, model_dim, seq_len, rows)
         key = f"{device_name} {' '.join(map(str, sizes))}"
-        known_rows = remembered_rows().get(key)
+        known_rows = remembered().get(key)
         measure_a_row = known_rows is None and device_bytes < ROOMY_BYTES
         rows = largest_divisor(rows_a_step, known_rows or rows)
     while True:
@@ -766,7 +807,7 @@ def main():
         torch.compiler.reset()
         free_gpu_memory()
     if ON_CUDA and rows != known_rows:
-        remember_rows(key, rows)
+        remember(key, rows)
     free_gpu_memory()
     passes_a_step = rows_a_step // rows
     torch.manual_seed(prepare.SEED)

@@ -467,17 +467,28 @@ embedding = torch.nn.functional.embedding
 
 def scarce(rows, *args, **kwargs):
     if rows.size(0) > MOST_ROWS:
-        raise torch.OutOfMemoryError("allocation of 3 GiB refused\\nsecond line")
+        raise OUT_OF_MEMORY
     return embedding(rows, *args, **kwargs)
 
 torch.nn.functional.embedding = scarce
 """
+OUT_OF_MEMORY = {
+    "cuda": 'torch.OutOfMemoryError("allocation of 3 GiB refused\\nsecond line")',
+    # As torch's allocator for Apple silicon words it: an error of no kind of its own
+    "mps": 'RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GiB, other allocations: '
+    '1.00 GiB, max allowed: 18.13 GiB). Tried to allocate 3.00 GiB on private pool.")',
+}
 
 
-def test_out_of_memory_halves_the_batch_and_says_so(small, prepared_cache, tmp_path):
+def scarce_memory(most_rows, kind="cuda"):
+    return SCARCE_MEMORY + f"MOST_ROWS = {most_rows}\nOUT_OF_MEMORY = {OUT_OF_MEMORY[kind]}\n"
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_out_of_memory_halves_the_batch_and_says_so(small, prepared_cache, tmp_path, kind):
     path = tmp_path / "train.py"
     path.write_text(small.read_text().replace("DEVICE_BATCH_SIZE = 1\n", "DEVICE_BATCH_SIZE = 2\n"))
-    scenario = FAKE_CLOCK + SCARCE_MEMORY + "MOST_ROWS = 1\n"
+    scenario = FAKE_CLOCK + scarce_memory(1, kind)
     run = Run(path, prepared_cache, tmp_path, scenario).wait()
     assert run.status == 0, run.err
     summary_of(run.out)
@@ -487,7 +498,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(small, prepared_cache, tmp_p
 
 
 def test_out_of_memory_with_one_row_ends_clearly(fork):
-    run = fork(FAKE_CLOCK + SCARCE_MEMORY + "MOST_ROWS = 0\n")
+    run = fork(FAKE_CLOCK + scarce_memory(0))
     assert run.status == 1
     assert_no_summary(run.out)
     assert "memory" in run.err and len(run.err.splitlines()) == 1

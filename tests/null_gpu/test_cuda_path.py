@@ -201,10 +201,11 @@ def test_model_that_is_too_large_ends_in_one_line(run):
 
 
 def test_damaged_memory_of_rows_is_measured_anew(run, null_cache):
-    (null_cache / "rows.json").write_text('{"half": ')
+    memory = null_cache / "remembered.json"
+    memory.write_text('{"half": ')
     seen = run({"GB": 10}, train={}, compiler="eager", batches=1)
     assert len(lines_that_begin(seen.log, "a row takes ")) == 1
-    assert list(json.loads((null_cache / "rows.json").read_text()).values()) == [chosen_rows(seen)]
+    assert list(json.loads(memory.read_text()).values()) == [chosen_rows(seen)]
 
 
 # ------------------------------------------------------------------------------------------------
