@@ -1603,6 +1603,7 @@ def night_of(folder):
     return agent, ideas
 
 
+@pytest.mark.slow
 def test_a_night_cut_after_every_step_goes_on(tmp_path):
     agent, ideas = night_of(tmp_path)
     script = tmp_path / "cut.py"

@@ -213,6 +213,7 @@ def test_run_ends_well_with_the_summary(baseline):
     assert float(summary["num_params_M"]) > 0 and int(summary["depth"]) > 0
 
 
+@pytest.mark.slow
 def test_run_trains_for_its_budget(baseline):
     summary = summary_of(baseline.out)
     step_seconds = max(float(ms) for ms in re.findall(r"(\d+) ms/step", baseline.out)) / 1000
@@ -222,6 +223,7 @@ def test_run_trains_for_its_budget(baseline):
     assert training < float(summary["total_seconds"]) <= baseline.seconds + 0.1
 
 
+@pytest.mark.slow
 def test_log_is_short_whole_lines(baseline):
     assert "\r" not in baseline.out and baseline.out.endswith("\n")
     lines = baseline.out.splitlines()
@@ -230,6 +232,7 @@ def test_log_is_short_whole_lines(baseline):
     assert all(line.isprintable() for line in lines)
 
 
+@pytest.mark.slow
 def test_log_says_what_ran(baseline):
     start = baseline.out.partition("\nstep ")[0].lower()
     for word in ("device", "attention", "corpus", "seed", "parameters", "flops"):
@@ -239,17 +242,20 @@ def test_log_says_what_ran(baseline):
         assert word in report
 
 
+@pytest.mark.slow
 def test_loss_falls(baseline):
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", baseline.out)]
     assert len(losses) >= 3
     assert losses[-1] < losses[0] - 0.1
 
 
+@pytest.mark.slow
 def test_stderr_is_harmless(baseline):
     assert not re.search("Traceback|Error|Exception|fault", baseline.err)
     assert len(baseline.err.splitlines()) < 10
 
 
+@pytest.mark.slow
 def test_log_holds_no_document_text(baseline, corpus):
     log = baseline.out + baseline.err
     lines = {

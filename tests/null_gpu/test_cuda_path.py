@@ -86,6 +86,7 @@ def lines_that_begin(log, start):
     return [line for line in log.splitlines() if line.startswith(start)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scenario", "attention", "compiled"),
     [
@@ -129,6 +130,7 @@ def test_capability_decides_dtype_and_attention(run, capability, dtype, attentio
         assert f"not built for compute capability {pair}" in seen.log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_nothing_is_compiled_once_the_clock_runs(run, rows):
     seen = run(train=SMALL | {"DEVICE_BATCH_SIZE": rows}, batches=8)
@@ -227,6 +229,7 @@ def check_device(library, **variables):
     )
 
 
+@pytest.mark.slow
 def test_driver_that_is_too_old_is_named(library):
     done = check_device(library, NULL_GPU_DRIVER=12040)
     assert done.returncode == 1
