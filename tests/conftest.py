@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What the server that forks processes for tests imports first; pytest has one server for all files
 PRELOAD = ["kernels", "pyarrow.parquet", "pytest", "requests", "rustbpe", "tiktoken", "torch"]
 PRELOAD += ["torch._dynamo", "torch.nn.attention.flex_attention", "torch.optim"]
+PATIENCE_SECONDS = 300  # until a process counts as hung, however busy the machine is
 sys.path.insert(0, str(ROOT))
 
 for name in ("AUTORESEARCH_SEED", "AUTORESEARCH_SPLIT", "HF_ENDPOINT", "http_proxy", "https_proxy"):

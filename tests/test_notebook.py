@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib
 import nbformat
 import pytest
+from conftest import PATIENCE_SECONDS
 from ledgers import LEDGERS
 from matplotlib.text import Text
 from nbclient import NotebookClient
@@ -153,7 +154,7 @@ def test_a_kernel_runs_all_of_the_notebook():
     # Sockets are files in this folder: two suites at once would race for TCP ports
     config = Config(KernelManager={"transport": "ipc"})
     client = NotebookClient(
-        book, timeout=120, kernel_name="python3", resources=where, config=config
+        book, timeout=PATIENCE_SECONDS, kernel_name="python3", resources=where, config=config
     )
     client.execute()
     outputs = {cell.id: cell.outputs for cell in book.cells if cell.cell_type == "code"}

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import PATIENCE_SECONDS
 
 import ratchet
 
@@ -83,7 +84,7 @@ class Agent:
         """Call the ratchet; return the last line's word, and all that was said."""
         stdin = subprocess.DEVNULL if given is None else subprocess.PIPE
         process = self.start_process(*words, stdin=stdin)
-        out, _ = process.communicate(given, timeout=60)
+        out, _ = process.communicate(given, timeout=PATIENCE_SECONDS)
         last = out.rstrip("\n").rpartition("\n")[2]
         word = last.split(" ")[0]
         assert word in STATUS, out
@@ -813,11 +814,10 @@ def test_what_is_no_idea_of_the_kept_commit_is_refused(agent, case):
 
 
 def wait_for(path):
-    for _ in range(400):
-        if path.exists():
-            return
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} never came"
         time.sleep(0.02)
-    raise AssertionError(f"{path} never came")
 
 
 SLOW = """(here / "up").touch()
@@ -1334,9 +1334,10 @@ def ideas_of(agent, *texts):
 
 
 MEETS = """(here / "runs/{me}").touch()
-for _ in range(400):
-    time.sleep(0.02 * (not (here / "runs/{other}").exists()))
-assert (here / "runs/{other}").exists(), "alone"
+end = time.monotonic() + 100
+while not (here / "runs/{other}").exists():
+    assert time.monotonic() < end, "alone"
+    time.sleep(0.02)
 """
 
 
@@ -1561,7 +1562,7 @@ def cut_call(agent, script, *words):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
     assert "Traceback" not in out.stderr, out.stderr
     return None if out.returncode == 137 else out.stdout.splitlines()[-1]

@@ -17,12 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import PRELOAD
+from conftest import PATIENCE_SECONDS, PRELOAD
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_SECONDS = 3
 WHOLE_RUN_SECONDS = 15  # of the one run as it stands: three steps on slow processors, too
-PATIENCE_SECONDS = 300  # until a process counts as hung, however busy the machine is
 SUMMARY = {  # fixed interface: program.md greps it
     "val_bpb": r"\d+\.\d{6}",
     "training_seconds": r"\d+\.\d",

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import null_gpu
 import pytest
+from conftest import PATIENCE_SECONDS
 
 REASON = null_gpu.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no null GPU: {REASON}")
@@ -54,7 +55,7 @@ def server(library, tmp_path_factory):
     )
     yield process
     process.stdin.close()
-    process.wait(timeout=60)
+    process.wait(timeout=PATIENCE_SECONDS)
 
 
 @pytest.fixture
