@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 import re
+import signal
 import sys
 import sysconfig
 import threading
@@ -32,6 +33,8 @@ for name in ("AUTORESEARCH_SEED", "AUTORESEARCH_SPLIT", "HF_ENDPOINT", "http_pro
 os.environ["NO_PROXY"] = "127.0.0.1"
 # On tensors this small torch's threads mostly wait for each other, and keep their processors busy
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["AUTORESEARCH_CORPUS"] = "python"
 os.environ["AUTORESEARCH_CACHE"] = f"{os.devnull}/autoresearch"  # no folder, nor can it be one
 

@@ -1509,7 +1509,7 @@ def test_real_train(prepared_cache, tmp_path):
     (base,) = {row[0] for row in agent.rows()}
     result = json.loads((agent.runs(base)[0] / "result.json").read_text())
     assert agent.rows()[0][1] == f"{result['value']:.6f}"
-    assert result["setting"]["attention"].startswith("attention: sdpa")
+    assert result["setting"]["attention"].startswith("attention: blocked")
     assert result["steps"] > 0 and result["memory_mb"] > 100 and result["losses"]
     assert result["total_seconds"] > 2
 

@@ -85,7 +85,7 @@ def on_batch(split, number, batch):
 """
 
 # A clock that training batches move makes runs repeatable
-NUM_BATCHES = 16
+NUM_BATCHES = 8
 FAKE_CLOCK = f"""
 class Clock:
     now, tick = time.monotonic(), {BUDGET_SECONDS / (NUM_BATCHES - 0.5)}
