@@ -142,6 +142,7 @@ def printed(outputs):
     return "".join(out.text for out in outputs if out.output_type == "stream")
 
 
+@pytest.mark.slow
 def test_a_kernel_runs_all_of_the_notebook():
     repo = Repo()
     base = repo.commit(**{"train.py": "0", "prepare.py": "0", "pyproject.toml": "0"})
@@ -213,6 +214,7 @@ def long_ledger(num_runs):
     return write(*rows)
 
 
+@pytest.mark.slow
 def test_ten_times_the_runs_take_little_more_than_ten_times_as_long():
     seconds = []
     for num_runs in (2_000, 20_000):

@@ -193,6 +193,7 @@ def python(code, **env):
     )
 
 
+@pytest.mark.slow
 def test_import_is_silent_and_touches_nothing():
     code = """if True:
         import sys, torch
@@ -530,6 +531,7 @@ def run_and_die(folder, url, label):
     run(folder, url)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", PHASES)
 def test_sigkill_then_a_rerun(climbmix, label, tmp_path):
     process = in_another_process(tmp_path, climbmix.url, label)
@@ -538,6 +540,7 @@ def test_sigkill_then_a_rerun(climbmix, label, tmp_path):
     climbmix.completes()
 
 
+@pytest.mark.slow
 def test_two_at_once(climbmix, tmp_path):
     both = [in_another_process(tmp_path, climbmix.url) for _ in range(2)]
     for process in both:
@@ -690,6 +693,7 @@ def test_token_bytes_sum_to_the_length_in_utf8(tokenizer, text):
     assert tokenizer.encode_batch([text, text]) == [ids, ids]
 
 
+@pytest.mark.slow
 def test_token_bytes_of_a_corpus(tokenizer, corpus):
     for text, ids in zip(corpus["val"], tokenizer.encode_batch(corpus["val"]), strict=True):
         assert tokenizer.token_bytes[ids].sum() == len(text.encode())
@@ -730,6 +734,7 @@ def test_not_prepared_is_one_line(tmp_path, monkeypatch):
         prepare.Tokenizer.from_directory()
 
 
+@pytest.mark.slow
 def test_flipped_byte_in_the_tokenizer(copy, prepared_cache):
     path, before = copy / "tokenizer" / "tokenizer.json", tree(copy)
     content = path.read_bytes()
@@ -762,6 +767,7 @@ def test_tokenizer_of_another_contract(copy, name, value, monkeypatch):
     assert str(error.value).endswith("run `uv run prepare.py`")
 
 
+@pytest.mark.slow
 def test_cache_of_another_contract_is_healed_by_a_run(copy, monkeypatch):
     monkeypatch.setattr(prepare, "VOCAB_SIZE", 500)
     prepare.main()
@@ -803,6 +809,7 @@ def write_tokens(path, documents, metadata):
         writer.write_batch(pa.record_batch([pa.array(documents, pa.list_(kind))], schema=schema))
 
 
+@pytest.mark.slow
 def test_token_shard_of_another_tokenizer(copy, tokenizer):
     before = tree(copy)
     for metadata in (None, {"tokenizer": "0" * 64}):
@@ -820,6 +827,7 @@ def test_token_out_of_range(copy, tokenizer):
             first_batch(tokenizer)
 
 
+@pytest.mark.slow
 def test_flipped_bytes_in_a_token_shard_never_crash(copy, tokenizer):
     """A flip is noticed, or it changes a token into another one that exists: never more."""
     content, rng = shard(copy).read_bytes(), random.Random(0)
@@ -967,6 +975,7 @@ def test_held_out_rows_do_not_start_the_clock(cache, tokenizer):
     assert prepare.CLOCK.start is None
 
 
+@pytest.mark.slow
 def test_the_wall_ends_a_hung_process(prepared_cache):
     code = """if True:
         import time, prepare

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import PATIENCE_SECONDS, PRELOAD
 
+pytestmark = pytest.mark.slow  # nearly every test is a run or several
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_SECONDS = 3
 WHOLE_RUN_SECONDS = 15  # of the one run as it stands: three steps on slow processors, too
@@ -201,7 +202,6 @@ def baseline(prepared_cache, tmp_path_factory):
     return SimpleNamespace(status=done.returncode, out=out, err=err, seconds=seconds)
 
 
-@pytest.mark.slow
 def test_run_ends_well_with_the_summary(baseline):
     assert baseline.status == 0
     summary = summary_of(baseline.out)
@@ -212,7 +212,6 @@ def test_run_ends_well_with_the_summary(baseline):
     assert float(summary["num_params_M"]) > 0 and int(summary["depth"]) > 0
 
 
-@pytest.mark.slow
 def test_run_trains_for_its_budget(baseline):
     summary = summary_of(baseline.out)
     step_seconds = max(float(ms) for ms in re.findall(r"(\d+) ms/step", baseline.out)) / 1000
@@ -222,7 +221,6 @@ def test_run_trains_for_its_budget(baseline):
     assert training < float(summary["total_seconds"]) <= baseline.seconds + 0.1
 
 
-@pytest.mark.slow
 def test_log_is_short_whole_lines(baseline):
     assert "\r" not in baseline.out and baseline.out.endswith("\n")
     lines = baseline.out.splitlines()
@@ -231,7 +229,6 @@ def test_log_is_short_whole_lines(baseline):
     assert all(line.isprintable() for line in lines)
 
 
-@pytest.mark.slow
 def test_log_says_what_ran(baseline):
     start = baseline.out.partition("\nstep ")[0].lower()
     for word in ("device", "attention", "corpus", "seed", "parameters", "flops"):
@@ -241,20 +238,17 @@ def test_log_says_what_ran(baseline):
         assert word in report
 
 
-@pytest.mark.slow
 def test_loss_falls(baseline):
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", baseline.out)]
     assert len(losses) >= 3
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.slow
 def test_stderr_is_harmless(baseline):
     assert not re.search("Traceback|Error|Exception|fault", baseline.err)
     assert len(baseline.err.splitlines()) < 10
 
 
-@pytest.mark.slow
 def test_log_holds_no_document_text(baseline, corpus):
     log = baseline.out + baseline.err
     lines = {
@@ -541,7 +535,6 @@ def test_not_prepared_says_what_to_run(fork, small, tmp_path):
     assert_no_summary(run.out)
 
 
-@pytest.mark.slow
 def test_no_compiler_falls_back_to_eager(small, prepared_cache, tmp_path):
     variables = {"PATH": "", "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(

@@ -110,6 +110,7 @@ def test_main_reaches_its_summary(run, scenario, attention, compiled):
     assert seen.err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "dtype", "attention"),
     [
@@ -162,6 +163,7 @@ def chosen_rows(seen):
     return int(re.search(r"(\d+) passes of (\d+) rows a step", seen.log)[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gigabytes", [10, 24])
 def test_small_card_measures_a_row_once(run, gigabytes):
     """The published size: a row is warmed up, then as many as fit; the next run knows."""
@@ -178,6 +180,7 @@ def test_small_card_measures_a_row_once(run, gigabytes):
     assert lines_that_begin(again.log, "a row takes ") == []
 
 
+@pytest.mark.slow
 def test_large_card_halves_when_it_must(run):
     many = {"DEVICE_BATCH_SIZE": 2 * PUBLISHED_ROWS}
     seen = run({"GB": 60}, train=many, compiler="eager", batches=1)
@@ -196,6 +199,7 @@ def test_model_that_is_too_large_ends_in_one_line(run):
     assert "---" not in seen.log
 
 
+@pytest.mark.slow
 def test_damaged_memory_of_rows_is_measured_anew(run, null_cache):
     (null_cache / "rows.json").write_text('{"half": ')
     seen = run({"GB": 10}, train={}, compiler="eager", batches=1)
@@ -207,6 +211,7 @@ def test_damaged_memory_of_rows_is_measured_anew(run, null_cache):
 # Loop and machine
 
 
+@pytest.mark.slow
 def test_host_is_two_batches_ahead_at_most_and_batches_are_pinned(run):
     seen = run(compiler="eager", batches=20)
     assert seen.batches == 20
@@ -214,6 +219,7 @@ def test_host_is_two_batches_ahead_at_most_and_batches_are_pinned(run):
     assert seen.pinned >= seen.batches
 
 
+@pytest.mark.slow
 def test_memory_that_is_the_machines_own_is_nobodys(run):
     seen = run({"UNIFIED": 1}, compiler="eager")
     (line,) = lines_that_begin(seen.log, "machine ")
