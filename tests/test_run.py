@@ -86,7 +86,7 @@ def on_batch(split, number, batch):
 """
 
 # A clock that training batches move makes runs repeatable
-NUM_BATCHES = 8
+NUM_BATCHES = 16
 FAKE_CLOCK = f"""
 class Clock:
     now, tick = time.monotonic(), {BUDGET_SECONDS / (NUM_BATCHES - 0.5)}
