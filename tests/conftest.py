@@ -1,7 +1,7 @@
 """What the tests share: a tiny corpus, its tokenizer and cache folder, and a local shard server.
 
 Every test runs on the contract of the python corpus, whatever the machine, and none can reach the
-cache of the person who runs them.
+cache of the person who runs them. README.md in this folder says what goes where.
 """
 
 import bisect
@@ -10,12 +10,14 @@ import hashlib
 import itertools
 import os
 import re
+import signal
 import sys
 import sysconfig
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,15 +25,26 @@ ROOT = Path(__file__).resolve().parent.parent
 # What the server that forks processes for tests imports first; pytest has one server for all files
 PRELOAD = ["kernels", "pyarrow.parquet", "pytest", "requests", "rustbpe", "tiktoken", "torch"]
 PRELOAD += ["torch._dynamo", "torch.nn.attention.flex_attention", "torch.optim"]
+PATIENCE_SECONDS = 300  # until a process counts as hung, however busy the machine is
 sys.path.insert(0, str(ROOT))
 
 for name in ("AUTORESEARCH_SEED", "AUTORESEARCH_SPLIT", "HF_ENDPOINT", "http_proxy", "https_proxy"):
     os.environ.pop(name, None)
 os.environ["NO_PROXY"] = "127.0.0.1"
+# On tensors this small torch's threads mostly wait for each other, and keep their processors busy
+os.environ["OMP_NUM_THREADS"] = "1"
+# A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["AUTORESEARCH_CORPUS"] = "python"
 os.environ["AUTORESEARCH_CACHE"] = f"{os.devnull}/autoresearch"  # no folder, nor can it be one
 
 import prepare  # noqa: E402  (reads the environment)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Return how many processes run the tests: two for all of them, none beside this for a few."""
+    is_whole_suite = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return 2 if is_whole_suite else 0
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +54,14 @@ def fresh_process(monkeypatch):
     monkeypatch.setattr(prepare, "CLOCK", prepare.Clock())
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that prepare.py reads: `now`, in seconds, which only the test moves."""
+    clock = SimpleNamespace(now=prepare.PROCESS_START, monotonic=lambda: clock.now)
+    monkeypatch.setattr(prepare, "time", clock)
+    return clock
 
 
 # ------------------------------------------------------------------------------------------------
@@ -77,9 +98,13 @@ def make_cache(folder, corpus, **constants):
 def prepared_cache(corpus, tmp_path_factory):
     """A cache folder (AUTORESEARCH_CACHE) in which the python corpus is prepared, read only.
 
-    val and test have enough text for the real EVAL_TOKENS.
+    val and test have enough text for the real EVAL_TOKENS. The workers of pytest-xdist share it:
+    prepare.py lets the second one wait for the first, and then has nothing left to do.
     """
-    return make_cache(tmp_path_factory.mktemp("cache"), corpus)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    return make_cache(folder / "cache", corpus)
 
 
 @pytest.fixture(scope="session")

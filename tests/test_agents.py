@@ -11,7 +11,7 @@ import sys
 import tomllib
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE_SECONDS, ROOT
 
 AGENTS = ROOT / "docs/agents"
 UV = f"""#!/bin/sh
@@ -62,7 +62,7 @@ def night(tmp_path):
             input="not for the agent\n",
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_SECONDS,
             start_new_session=True,
         )
         return ended

@@ -500,6 +500,7 @@ def test_edit(name, tiny, monkeypatch):
     assert check(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["as shipped", "unet_skips", "mixture_of_experts"])
 def test_nothing_is_compiled_after_warm_up(name, tiny, monkeypatch):
     """As for a CPU, all but the code generation; each block one graph, shared where it is alike."""

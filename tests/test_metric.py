@@ -2,8 +2,6 @@
 
 import math
 import re
-import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -574,23 +572,24 @@ def test_batches_of_every_size_have_the_strides_of_a_tensor_of_their_own(tokeniz
 # The clock and the constants
 
 
-def test_training_on_after_the_end_is_refused(tokenizer, monkeypatch):
-    monkeypatch.setattr(prepare, "TIME_BUDGET", 0.1)
-    monkeypatch.setattr(prepare, "MAX_IDLE", 0.3)
-    hoard = list(prepare.make_dataloader(tokenizer, 2, T, "train", "cpu"))
-    assert len(hoard) > 1
+def test_training_on_after_the_end_is_refused(tokenizer, clock):
+    hoard = []
+    for batch in prepare.make_dataloader(tokenizer, 2, T, "train", "cpu"):
+        hoard.append(batch)
+        clock.now += 0.4 * prepare.TIME_BUDGET
+    assert len(hoard) == 3
     model = Uniform(tokenizer.vocab_size)
-    bpb(model, tokenizer)  # at once: allowed
-    time.sleep(0.5)  # training on with the hoard
+    clock.now += 0.9 * prepare.MAX_IDLE
+    bpb(model, tokenizer)  # soon after the end: allowed
+    clock.now += 0.2 * prepare.MAX_IDLE  # training on with the hoard
     with pytest.raises(prepare.ContractError, match="after the training time was over"):
         bpb(model, tokenizer)
 
 
-def test_a_last_batch_that_takes_long_is_no_idling(tokenizer, monkeypatch):
-    monkeypatch.setattr(prepare, "MAX_IDLE", 0.2)
-    loader = prepare.make_dataloader(tokenizer, 2, T, "train", "cpu")
-    next(loader)
-    time.sleep(0.4)  # far from the end of TIME_BUDGET
+def test_a_last_batch_that_takes_long_is_no_idling(tokenizer, clock):
+    assert 2 * prepare.MAX_IDLE < prepare.TIME_BUDGET
+    next(prepare.make_dataloader(tokenizer, 2, T, "train", "cpu"))
+    clock.now += 2 * prepare.MAX_IDLE  # and TIME_BUDGET is not over
     assert bpb(Uniform(tokenizer.vocab_size), tokenizer) > 0
 
 
@@ -600,10 +599,8 @@ def clock_line(capsys):
     return int(line[0]), float(line[1])
 
 
-def test_the_clock_counts_the_tokens_that_it_handed_out(tokenizer, monkeypatch, capsys):
+def test_the_clock_counts_the_tokens_that_it_handed_out(tokenizer, clock, capsys):
     """Of every loader of the process, training rows alone; seconds up to the end of the data."""
-    clock = SimpleNamespace(now=prepare.PROCESS_START, monotonic=lambda: clock.now)
-    monkeypatch.setattr(prepare, "time", clock)
     first = prepare.make_dataloader(tokenizer, 3, T, "train", "cpu")
     second = prepare.make_dataloader(tokenizer, 5, T, "train", "cpu")
     held_out(tokenizer)

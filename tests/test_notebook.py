@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib
 import nbformat
 import pytest
+from conftest import PATIENCE_SECONDS
 from ledgers import LEDGERS
 from matplotlib.text import Text
 from nbclient import NotebookClient
@@ -141,6 +142,7 @@ def printed(outputs):
     return "".join(out.text for out in outputs if out.output_type == "stream")
 
 
+@pytest.mark.slow
 def test_a_kernel_runs_all_of_the_notebook():
     repo = Repo()
     base = repo.commit(**{"train.py": "0", "prepare.py": "0", "pyproject.toml": "0"})
@@ -153,7 +155,7 @@ def test_a_kernel_runs_all_of_the_notebook():
     # Sockets are files in this folder: two suites at once would race for TCP ports
     config = Config(KernelManager={"transport": "ipc"})
     client = NotebookClient(
-        book, timeout=120, kernel_name="python3", resources=where, config=config
+        book, timeout=PATIENCE_SECONDS, kernel_name="python3", resources=where, config=config
     )
     client.execute()
     outputs = {cell.id: cell.outputs for cell in book.cells if cell.cell_type == "code"}
@@ -212,6 +214,7 @@ def long_ledger(num_runs):
     return write(*rows)
 
 
+@pytest.mark.slow
 def test_ten_times_the_runs_take_little_more_than_ten_times_as_long():
     seconds = []
     for num_runs in (2_000, 20_000):

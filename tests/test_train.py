@@ -888,6 +888,7 @@ def whole_graph(monkeypatch):
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_trunk_with_flash_attention_is_one_graph(whole_graph, monkeypatch):
     def flash(q, k, v, causal, window_size):
         assert causal and window_size[1] == 0
@@ -913,6 +914,7 @@ def test_trunk_with_flash_attention_is_one_graph(whole_graph, monkeypatch):
     assert counters["stats"]["unique_graphs"] == 3
 
 
+@pytest.mark.slow
 def test_trunk_with_flex_attention_is_one_graph(whole_graph):
     """Forward alone: flex_attention has no backward on a CPU."""
     model = shake(build(depth=3, backend="flex")).requires_grad_(False)

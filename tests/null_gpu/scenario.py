@@ -24,9 +24,15 @@ import null_gpu
 
 null_gpu.trust_no_values()
 
+# What every run imports: once is enough
+import kernels  # noqa: E402, F401
+import pyarrow.parquet  # noqa: E402, F401
+import requests  # noqa: E402, F401
+import rustbpe  # noqa: E402, F401
+import tiktoken  # noqa: E402, F401
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
-import torch.nn.attention.flex_attention  # noqa: E402  (imported by every run: once is enough)
+import torch.nn.attention.flex_attention  # noqa: E402
 from torch._dynamo.backends.registry import lookup_backend  # noqa: E402
 
 

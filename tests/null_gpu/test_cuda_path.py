@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import null_gpu
 import pytest
+from conftest import PATIENCE_SECONDS
 
 REASON = null_gpu.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no null GPU: {REASON}")
@@ -54,7 +55,7 @@ def server(library, tmp_path_factory):
     )
     yield process
     process.stdin.close()
-    process.wait(timeout=60)
+    process.wait(timeout=PATIENCE_SECONDS)
 
 
 @pytest.fixture
@@ -86,6 +87,7 @@ def lines_that_begin(log, start):
     return [line for line in log.splitlines() if line.startswith(start)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scenario", "attention", "compiled"),
     [
@@ -108,6 +110,7 @@ def test_main_reaches_its_summary(run, scenario, attention, compiled):
     assert seen.err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "dtype", "attention"),
     [
@@ -129,6 +132,7 @@ def test_capability_decides_dtype_and_attention(run, capability, dtype, attentio
         assert f"not built for compute capability {pair}" in seen.log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_nothing_is_compiled_once_the_clock_runs(run, rows):
     seen = run(train=SMALL | {"DEVICE_BATCH_SIZE": rows}, batches=8)
@@ -166,6 +170,7 @@ def test_card_on_which_all_rows_fit_is_measured_once(run):
         assert seen.tries == tries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gigabytes", [10, 24])
 def test_small_card_measures_a_row_once(run, gigabytes):
     """The published size: a row is warmed up, then as many as fit; the next run knows."""
@@ -182,6 +187,7 @@ def test_small_card_measures_a_row_once(run, gigabytes):
     assert lines_that_begin(again.log, "a row takes ") == []
 
 
+@pytest.mark.slow
 def test_large_card_halves_when_it_must(run):
     many = {"DEVICE_BATCH_SIZE": 2 * PUBLISHED_ROWS}
     seen = run({"GB": 60}, train=many, compiler="eager", batches=1)
@@ -200,6 +206,7 @@ def test_model_that_is_too_large_ends_in_one_line(run):
     assert "---" not in seen.log
 
 
+@pytest.mark.slow
 def test_damaged_memory_of_rows_is_measured_anew(run, null_cache):
     memory = null_cache / "remembered.json"
     memory.write_text('{"half": ')
@@ -212,6 +219,7 @@ def test_damaged_memory_of_rows_is_measured_anew(run, null_cache):
 # Loop and machine
 
 
+@pytest.mark.slow
 def test_host_is_two_batches_ahead_at_most_and_batches_are_pinned(run):
     seen = run(compiler="eager", batches=20)
     assert seen.batches == 20
@@ -219,6 +227,7 @@ def test_host_is_two_batches_ahead_at_most_and_batches_are_pinned(run):
     assert seen.pinned >= seen.batches
 
 
+@pytest.mark.slow
 def test_memory_that_is_the_machines_own_is_nobodys(run):
     seen = run({"UNIFIED": 1}, compiler="eager")
     (line,) = lines_that_begin(seen.log, "machine ")
@@ -235,6 +244,7 @@ def check_device(library, **variables):
     )
 
 
+@pytest.mark.slow
 def test_driver_that_is_too_old_is_named(library):
     done = check_device(library, NULL_GPU_DRIVER=12040)
     assert done.returncode == 1
