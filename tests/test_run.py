@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow  # nearly every test is a run or several
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_SECONDS = 3
 WHOLE_RUN_SECONDS = 15  # of the one run as it stands: three steps on slow processors, too
-SUMMARY = {  # fixed interface: program.md greps it
+SUMMARY = {  # fixed interface: ratchet.py reads it
     "val_bpb": r"\d+\.\d{6}",
     "training_seconds": r"\d+\.\d",
     "total_seconds": r"\d+\.\d",
