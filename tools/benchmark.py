@@ -123,7 +123,8 @@ def gated_training(pipe, plain):
     if plain:
         make_plain()
     prepare.TIME_BUDGET = prepare.HARD_LIMIT = FOREVER
-    make_dataloader, evaluate_bpb = prepare.make_dataloader, prepare.evaluate_bpb
+    make_dataloader = prepare.make_dataloader
+    evaluate_bpb = prepare.evaluate_bpb
 
     def gated_dataloader(tokenizer, batch_size, seq_len, split, device):
         loader = make_dataloader(tokenizer, batch_size, seq_len, split, device)
@@ -227,7 +228,9 @@ def make_published():
 
     Returns a dictionary that will hold its bits per byte on rows of its own context, too.
     """
-    seq_len, contract, evaluate_bpb = prepare.MAX_SEQ_LEN, prepare.contract(), prepare.evaluate_bpb
+    seq_len = prepare.MAX_SEQ_LEN
+    contract = prepare.contract()
+    evaluate_bpb = prepare.evaluate_bpb
     own = {}
 
     def evaluate_pieces(model, tokenizer, batch_size, split):
@@ -263,7 +266,8 @@ def measure_overhead():
 
 def measure_quality():
     """Train for the whole budget, shipped and published in alternation."""
-    changes, bpb = {"shipped": None, "published": make_published}, {}
+    changes = {"shipped": None, "published": make_published}
+    bpb = {}
     with tempfile.TemporaryDirectory() as compile_cache:
         for seed, name in itertools.product((42, 43, 44), changes):
             summary = result(run, changes[name], prepare.TIME_BUDGET, seed, compile_cache)

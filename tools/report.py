@@ -799,7 +799,8 @@ def draw(ax, table, noise):
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.ticklabel_format(axis="y", useOffset=False)
     ax.spines[["top", "right"]].set_visible(False)
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
 
     def mark(ideas, values, label, marker, color, **style):
         style = {"ms": small, "clip_on": False, "mew": 0.8} | style
