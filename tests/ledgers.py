@@ -476,7 +476,8 @@ aaaaaa1|0.980000|44.0|keep|tie
     Ledger(
         "accuracy",
         "commit|accuracy|memory_gb|status|description\naaaaaa1|0.91|4.0|keep|baseline\n"
-        "bbbbbb1|0.93|4.0|keep|wider\nbbbbbb2|0.90|4.0|discard|deeper\nbbbbbb3|0.92|4.0|keep|simple\n",
+        "bbbbbb1|0.93|4.0|keep|wider\nbbbbbb2|0.90|4.0|discard|deeper\n"
+        "bbbbbb3|0.92|4.0|keep|simple\n",
         ((2, 1, 0, 0.91, 0.93),),
         notes=("worse",),
         metric="accuracy",
@@ -548,7 +549,8 @@ aaaaaa1|0.980000|44.0|keep|tie
     ),
     Ledger(
         "thousands of a unit that is not said",
-        "commit|val_bpb|status|description\naaaaaa1|1,234|keep|baseline\nbbbbbb1|1,134|keep|wider\n",
+        "commit|val_bpb|status|description\naaaaaa1|1,234|keep|baseline\n"
+        "bbbbbb1|1,134|keep|wider\n",
         refused=("2 of 2", "'1,234'"),
     ),
 ]
