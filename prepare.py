@@ -333,7 +333,7 @@ class Downloads:
                 self.set_left(path, int(announced))
             mode = "ab" if response.status_code == 206 else "wb"  # 206: the range asked for
             with part.open(mode) as file:
-                for chunk in response.iter_content(2**16):
+                for chunk in response.iter_content(2**14):
                     file.write(chunk)
                     self.set_left(path, self.left[path] - len(chunk))
                     self.progress.update(len(chunk), self.num_left)
@@ -419,7 +419,7 @@ def build_python():
         return
     if any(folder("data").glob("*.parquet")):  # somebody's own, as ours come all at once
         what = f"{folder('data')} has parquet, but no shard for {' and '.join(missing)}"
-        raise ContractError(f"{what}: add it, as docs/devices.md says, or move that folder away")
+        raise ContractError(f"{what}: add it, as docs/data.md says, or move that folder away")
     roots = sorted({Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
     splits, num_unreadable = python_documents(roots)
     temporary = folder("data").with_name("data.tmp")
@@ -449,7 +449,7 @@ def open_shard(path):
     text_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if text_kind not in (pa.string(), pa.large_string(), pa.string_view()):
         raise bad_shard(path, f"its column `text` is of type {kind}, not of UTF-8 strings")
-    if file.num_row_groups == 0:
+    if file.metadata.num_rows == 0:
         raise bad_shard(path, "it has no rows")
     return file
 
