@@ -26,7 +26,9 @@ import warnings
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -620,27 +622,58 @@ def encode_group(path, group):
     return encoded
 
 
-def encode_shards(tokenizer, paths, downloads):
-    """Yield (path, share, what encode_group returns) for the row groups of shards, in order.
+@contextmanager
+def interrupts_held_back():
+    """Let Ctrl-C wait until the end of the block, and never reach the processes that it starts.
 
-    Processes read and encode, as threads would be in each other's way. Raises ContractError if a
-    shard cannot be had or read.
+    A terminal sends it to them as well; one that has just begun would answer with a traceback.
     """
-    num_workers = num_processors()
+    pressed = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a new process inherits that
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def encoding_processes(tokenizer):
+    """Start a pool of processes for encode_group, one a processor; end it, however this ends.
+
+    Processes, as threads would be in each other's way.
+    """
     context = multiprocessing.get_context("forkserver")  # a fork is not safe beside threads
     context.set_forkserver_preload(["prepare"])  # imports torch once, not in every process
-    pool = ProcessPoolExecutor(num_workers, context, begin_worker, (tokenizer,))
-    pending = deque()
+    pool = ProcessPoolExecutor(num_processors(), context, begin_worker, (tokenizer,))
     try:
-        for path, group, share in row_groups(paths, downloads):
-            pending.append((path, share, pool.submit(encode_group, path, group)))
-            if len(pending) > 3 * num_workers:
-                path, share, future = pending.popleft()
-                yield path, share, future.result()
-        for path, share, future in pending:
-            yield path, share, future.result()
+        with interrupts_held_back():
+            wait([pool.submit(os.getpid) for _ in range(num_processors())])
+        yield pool
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()  # a row group may be large
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def encode_shards(pool, paths, downloads):
+    """Yield (path, share, what encode_group returns) for the row groups of shards, in order.
+
+    share: see row_groups. Raises ContractError if a shard cannot be had or read.
+    """
+    pending = deque()
+    for path, group, share in row_groups(paths, downloads):
+        pending.append((path, share, pool.submit(encode_group, path, group)))
+        if len(pending) > 3 * num_processors():
+            path, share, future = pending.popleft()
+            yield path, share, future.result()
+    for path, share, future in pending:
+        yield path, share, future.result()
 
 
 def num_processors():
@@ -651,20 +684,23 @@ def num_processors():
 def tokenize(tokenizer, paths, downloads):
     """Write each shard's documents as BOS + tokens, a record batch for a thousand, unless done."""
     paths = [path for path in paths if not is_tokenized(path, tokenizer)]
+    if not paths:
+        return
     folder("tokens").mkdir(exist_ok=True)
     schema = pa.schema({"tokens": pa.list_(pa.uint16())}, metadata={"tokenizer": tokenizer.sha256})
     progress = Progress("tokens", "M")
-    encoded = encode_shards(tokenizer, paths, downloads) if paths else []
-    for path, groups in itertools.groupby(encoded, key=itemgetter(0)):
-        temporary = token_path(path).with_suffix(".tmp")
-        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-            for _, share, batches in groups:
-                for tokens, offsets in batches:
-                    column = pa.ListArray.from_arrays(offsets, tokens)
-                    writer.write_batch(pa.record_batch([column], schema=schema))
-                    so_far = progress.done + len(tokens)
-                    progress.update(len(tokens), so_far / share - so_far)
-        temporary.replace(token_path(path))
+    with encoding_processes(tokenizer) as pool:
+        encoded = encode_shards(pool, paths, downloads)
+        for path, groups in itertools.groupby(encoded, key=itemgetter(0)):
+            temporary = token_path(path).with_suffix(".tmp")
+            with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+                for _, share, batches in groups:
+                    for tokens, offsets in batches:
+                        column = pa.ListArray.from_arrays(offsets, tokens)
+                        writer.write_batch(pa.record_batch([column], schema=schema))
+                        so_far = progress.done + len(tokens)
+                        progress.update(len(tokens), so_far / share - so_far)
+            temporary.replace(token_path(path))
     progress.update(0, final=True)
 
 
@@ -1205,6 +1241,9 @@ def main():
     except OSError as error:
         why = f"{error.filename or home}: {error.strerror or error}"
         raise ContractError(f"{why}: make room, or set AUTORESEARCH_CACHE elsewhere") from None
+    except BrokenProcessPool:
+        what = "a process that encodes was killed, perhaps because memory is short"
+        raise ContractError(f"{what}: `uv run prepare.py` goes on from here") from None
     except KeyboardInterrupt:
         raise ContractError("interrupted: `uv run prepare.py` goes on from here") from None
     print(f"ready after {time.monotonic() - start:.0f} s, next: uv run train.py")
