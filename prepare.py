@@ -937,7 +937,7 @@ def download_flash_attention_3():
     if done.returncode != 0:
         errors = re.findall(r"^[\w.]+: .+", done.stderr, flags=re.MULTILINE)
         raise RuntimeError(errors[0] if errors else f"its download ended with {done.returncode}")
-    return Path(done.stdout.splitlines()[-1])
+    return Path(done.stdout.splitlines()[-1]).absolute()
 
 
 def fetch_flash_attention_3():
