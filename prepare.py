@@ -4,7 +4,7 @@
     uv run prepare.py --num-shards 40  # more training data (climbmix only)
 
 Sections: contract, corpora, tokenizer training, token shards, tokenizer, dataloader and clock,
-machine, metric, command line.
+machine, metric, FlashAttention-3, command line.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import sysconfig
 import threading
@@ -1194,6 +1195,55 @@ def evaluate_bpb(model, tokenizer, batch_size, split="val"):
     return sum_nats / (math.log(2) * sum_bytes)
 
 
+# --- FlashAttention-3 -----------------------------------------------------------------------------
+
+FLASH_SECONDS = 300  # that its download may take
+
+
+def flash_attention_3_folder():
+    """Return the path of FlashAttention-3 for this torch: a link to its package, once fetched."""
+    return CACHE_DIR / f"flash-attn3-torch-{torch.__version__}"
+
+
+def download_flash_attention_3():
+    """Download FlashAttention-3 from the Hub; return the path of its package.
+
+    The client of the Hub picks the build for this torch, which takes no GPU, and executes nothing
+    of it. It runs in a process of its own, because it may wait for an answer without end. Raises
+    RuntimeError with the reason if there is no package.
+    """
+    # Version 1 is a branch. It fails unless the Hub trusts the organisation
+    install = 'kernels.install_kernel("kernels-community/flash-attn3", version=1)'
+    command = [sys.executable, "-c", f"import kernels; print({install})"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=FLASH_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"its download took over {FLASH_SECONDS} s") from None
+    if done.returncode != 0:
+        errors = re.findall(r"^[\w.]+: .+", done.stderr, flags=re.MULTILINE)
+        raise RuntimeError(errors[0] if errors else f"its download ended with {done.returncode}")
+    return Path(done.stdout.splitlines()[-1]).absolute()
+
+
+def fetch_flash_attention_3():
+    """Fetch FlashAttention-3, unless done; print one line if it cannot be had.
+
+    It is wanted where a GPU is, and with climbmix, as a cluster's login node may have no GPU.
+    """
+    is_wanted = torch.cuda.is_available() or CORPUS == "climbmix"
+    link = flash_attention_3_folder()
+    if not is_wanted or (link / "metadata.json").exists():
+        return
+    print(f"FlashAttention-3 to download from {HF_ENDPOINT}", flush=True)
+    try:
+        temporary = link.with_name(f"{link.name}.{os.getpid()}")
+        temporary.symlink_to(download_flash_attention_3())
+        temporary.replace(link)
+    except (RuntimeError, OSError) as error:
+        advice = "run `uv run prepare.py` again to try again"
+        print(f"no FlashAttention-3 ({error}): training uses flex_attention; {advice}")
+
+
 # --- Command line ---------------------------------------------------------------------------------
 
 
@@ -1238,6 +1288,7 @@ def main():
                 build_python()
                 wanted = []
             prepare_shards(wanted)
+            fetch_flash_attention_3()
     except OSError as error:
         why = f"{error.filename or home}: {error.strerror or error}"
         raise ContractError(f"{why}: make room, or set AUTORESEARCH_CACHE elsewhere") from None
