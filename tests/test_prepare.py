@@ -186,7 +186,7 @@ def test_compiler_cache_that_cannot_be_written(prepared_cache, folder):
 # Import and settings
 
 
-def python(code, **env):
+def python(code, start_new_session=False, **env):
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | env
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -194,6 +194,7 @@ def python(code, **env):
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,
+        start_new_session=start_new_session,
     )
 
 
@@ -705,6 +706,26 @@ def test_ctrl_c_is_not_for_the_workers(climbmix):
         interrupt(patch, "tokens", 1, act)
         climbmix.completes()
     assert workers
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_processes_begin(climbmix, tmp_path):
+    """All get it, as from a terminal, and none of those that have just begun prints a traceback."""
+    code = f"""if True:
+        import os, pathlib, signal
+        import prepare, test_prepare
+        submit = prepare.ProcessPoolExecutor.submit
+        def submit_and_press(pool, *args):
+            future = submit(pool, *args)
+            os.killpg(0, signal.SIGINT)
+            return future
+        prepare.ProcessPoolExecutor.submit = submit_and_press
+        test_prepare.run(pathlib.Path({str(tmp_path)!r}), {climbmix.url!r})
+    """
+    result = python(code, start_new_session=True)
+    assert result.returncode == 1
+    assert result.stderr == "interrupted: `uv run prepare.py` goes on from here\n"
+    climbmix.completes()
 
 
 def in_another_process(folder, url, label=None):
