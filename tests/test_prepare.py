@@ -712,14 +712,15 @@ def test_ctrl_c_is_not_for_the_workers(climbmix):
 def test_ctrl_c_while_the_processes_begin(climbmix, tmp_path):
     """All get it, as from a terminal, and none of those that have just begun prints a traceback."""
     code = f"""if True:
-        import os, pathlib, signal
+        import os, pathlib, signal, time
+        from multiprocessing.forkserver import ForkServer
         import prepare, test_prepare
-        submit = prepare.ProcessPoolExecutor.submit
-        def submit_and_press(pool, *args):
-            future = submit(pool, *args)
+        ensure_running = ForkServer.ensure_running
+        def ensure_running_and_press(server):
+            ensure_running(server)
+            time.sleep(1)  # it imports torch by then
             os.killpg(0, signal.SIGINT)
-            return future
-        prepare.ProcessPoolExecutor.submit = submit_and_press
+        ForkServer.ensure_running = ensure_running_and_press
         test_prepare.run(pathlib.Path({str(tmp_path)!r}), {climbmix.url!r})
     """
     result = python(code, start_new_session=True)
