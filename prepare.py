@@ -699,8 +699,9 @@ def tokenize(tokenizer, paths, downloads):
                     for tokens, offsets in batches:
                         column = pa.ListArray.from_arrays(offsets, tokens)
                         writer.write_batch(pa.record_batch([column], schema=schema))
-                        so_far = progress.done + len(tokens)
-                        progress.update(len(tokens), so_far / share - so_far)
+                    num_tokens = sum(len(tokens) for tokens, _ in batches)
+                    so_far = progress.done + num_tokens
+                    progress.update(num_tokens, so_far / share - so_far)
             temporary.replace(token_path(path))
     progress.update(0, final=True)
 
