@@ -163,6 +163,7 @@ def chosen_rows(seen):
     return int(re.search(r"(\d+) passes of (\d+) rows a step", seen.log)[2])
 
 
+@pytest.mark.slow
 def test_card_on_which_all_rows_fit_is_measured_once(run):
     for tries in (2, 1):
         seen = run({"GB": 24}, compiler="eager")
@@ -200,6 +201,7 @@ def test_large_card_halves_when_it_must(run):
     assert chosen_rows(again) == PUBLISHED_ROWS
 
 
+@pytest.mark.slow
 def test_model_that_is_too_large_ends_in_one_line(run):
     seen = run({"GB": 0.4}, train={}, compiler="eager")
     assert "a single row: make the model smaller" in seen.exit
