@@ -4,28 +4,35 @@
     uv run prepare.py --num-shards 40  # more training data (climbmix only)
 
 Sections: contract, corpora, tokenizer training, token shards, tokenizer, dataloader and clock,
-machine, metric, command line.
+machine, metric, FlashAttention-3, command line.
 """
 
 import argparse
 import faulthandler
-import functools
 import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import warnings
 from bisect import bisect_right, insort
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -81,6 +88,8 @@ VAL_SHARD = "shard_06542"
 TEST_SHARD = "shard_06541"  # every other shard is training
 NUM_TRAIN_SHARDS = 20  # about 1.1 G tokens: 500 M packed ones, crops lost, stay within one epoch
 PYTHON_CORPUS_CHARS = 10**8  # characters of Python source taken from the environment, at most
+SHARD_BYTES = 10**8  # of a climbmix shard, until the server has told its size
+NUM_DOWNLOADS = 8  # at once
 DOWNLOAD_TRIES = 4  # per shard
 DOWNLOAD_TIMEOUT = (3, 15)  # seconds to connect, seconds between two pieces of the answer
 MAX_WAIT = 300  # seconds between two tries, whatever the server asks for
@@ -115,12 +124,16 @@ def folder(kind):
     return CACHE_DIR / CORPUS / kind
 
 
+def split_of(path):
+    """Return the split of a shard, "train", "val" or "test": its name alone decides."""
+    return {VAL_SHARD: "val", TEST_SHARD: "test"}.get(path.stem, "train")
+
+
 def shard_paths(kind, split):
     """Return the shards of a split, sorted; raise ContractError if there is none."""
     suffix = {"data": ".parquet", "tokens": ".arrow"}[kind]
-    held_out = {VAL_SHARD: "val", TEST_SHARD: "test"}
     paths = sorted(folder(kind).glob(f"*{suffix}"))
-    paths = [path for path in paths if held_out.get(path.stem, "train") == split]
+    paths = [path for path in paths if split_of(path) == split]
     if not paths:
         raise ContractError(f"no {split} shard in {folder(kind)}: run `uv run prepare.py`")
     return paths
@@ -136,57 +149,70 @@ def is_valid(read, *args):
 
 
 class Progress:
-    """Print millions done and the rate: one updating line on a terminal, else now and then."""
+    """Print what is done, how fast, and how long the rest will take.
 
-    def __init__(self, label):
+    On a terminal all stages that are going share one line, which is written over; elsewhere each
+    has a line of its own every ten seconds. Threads may share a stage.
+    """
+
+    going: ClassVar = {}  # {label: line} of the stages on the terminal's line
+    lock = threading.Lock()  # of what is on the screen
+
+    def __init__(self, label, unit):
         self.label = label
+        self.unit = unit  # of a million
         self.done = 0
         self.is_terminal = sys.stdout.isatty()
         self.interval = 0.2 if self.is_terminal else 10  # seconds between two lines
         self.start = time.monotonic()
         self.shown = self.start
 
-    def update(self, count, final=False):
-        """Add to what is done; the final call prints it, if there was anything to do."""
-        self.done += count
-        now = time.monotonic()
-        is_due = now - self.shown > self.interval
-        if is_due or (final and self.done):
-            rate = self.done / (now - self.start + 1e-9)
-            line = f"{self.label}: {self.done / 1e6:.1f} M, {rate / 1e6:.2f} M/s"
-            if self.is_terminal:
-                print(f"\r{line:<79}", end="\n" if final else "", flush=True)
-            else:
-                print(line, flush=True)
-            self.shown = now
+    def update(self, count, left=0, final=False):
+        """Add to what is done; the final call prints it, if there was anything to do.
+
+        left: how much is still to do, estimated.
+        """
+        with self.lock:
+            self.done += count
+            now = time.monotonic()
+            is_due = now - self.shown > self.interval
+            if is_due or (final and self.done):
+                self.shown = now
+                self.show(self.line(now - self.start, left), final)
+
+    def line(self, seconds, left):
+        """Return the line to print after so many seconds."""
+        rate = self.done / (seconds + 1e-9)
+        line = f"{self.label}: {self.done / 1e6:.1f}"
+        if left:
+            line += f" of {(self.done + left) / 1e6:.0f}"
+        line += f" {self.unit}, {rate / 1e6:.2f} {self.unit}/s"
+        if left and rate:
+            line += f", {left / rate:.0f} s left"
+        return line
+
+    def show(self, line, final):
+        """Print a line; on a terminal beside those of the other stages, until it is final."""
+        if not self.is_terminal:
+            print(line, flush=True)
+            return
+        Progress.going[self.label] = line
+        if final:
+            del Progress.going[self.label]
+            say(line)
+        text = " | ".join(Progress.going.values())
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{text[:width]:<{width}}\r", end="", flush=True)
+
+
+def say(line):
+    """Print a line; on a terminal over what stages have written there."""
+    if sys.stdout.isatty():
+        line = f"{line:<{shutil.get_terminal_size().columns - 1}}"
+    print(line, flush=True)
 
 
 # --- Corpora --------------------------------------------------------------------------------------
-
-
-def fetch(url, part, progress):
-    """Download url into the file `part`, going on where an earlier try stopped.
-
-    Raises ValueError if what came is not what was announced, else as requests does.
-    """
-    headers = {"Accept-Encoding": "identity"}
-    have = part.stat().st_size if part.exists() else 0
-    if have:
-        headers["Range"] = f"bytes={have}-"
-    with requests.get(url, headers=headers, stream=True, timeout=DOWNLOAD_TIMEOUT) as response:
-        if response.status_code == 416:
-            raise ValueError("nothing left to resume")
-        response.raise_for_status()
-        mode = "ab" if response.status_code == 206 else "wb"  # 206: the range that was asked for
-        with part.open(mode) as file:
-            for chunk in response.iter_content(2**14):
-                progress.update(file.write(chunk))
-    sha256 = hashlib.sha256(part.read_bytes()).hexdigest()
-    for answer in (response, *response.history):
-        etag = answer.headers.get("X-Linked-Etag", "").strip('"')
-        if len(etag) == 64 and etag != sha256:
-            raise ValueError("sha256 differs from the one announced")
-    pq.read_metadata(part)  # raises a ValueError of its own if this is no parquet
 
 
 def retry_after(response):
@@ -197,51 +223,154 @@ def retry_after(response):
         return None
 
 
-def download(path, progress):
-    """Bring one climbmix shard to its path; raise ContractError after the last try."""
-    url = f"{HF_ENDPOINT}/datasets/karpathy/climbmix-400b-shuffle/resolve/main/{path.name}"
-    part = path.with_suffix(".part")
-    reason = None
-    wait = 0  # seconds
-    for attempt in range(DOWNLOAD_TRIES):
-        if reason:
-            print(f"{path.name}: {reason}, again in {min(wait, MAX_WAIT):.0f} s", flush=True)
-        time.sleep(min(wait, MAX_WAIT))
-        wait = 2**attempt
+class Downloads:
+    """Shards of climbmix on their way, NUM_DOWNLOADS at once, those that come first in paths first.
+
+    A failure of one stops all; what they have got by then stays, and the next run goes on there.
+    """
+
+    def __init__(self, paths):
+        self.left = dict.fromkeys(paths, SHARD_BYTES)  # bytes to come, estimated
+        self.num_left = SHARD_BYTES * len(paths)  # their sum
+        self.progress = Progress("download", "MB")
+        self.pause_end = 0.0  # time.monotonic() before which no request begins
+        self.is_stopped = threading.Event()
+        self.lock = threading.Lock()
+        self.pool = ThreadPoolExecutor(NUM_DOWNLOADS)
+        self.futures = {path: self.pool.submit(self.download, path) for path in paths}
+
+    def wait_for(self, path):
+        """Return when a shard is there; raise ContractError if it or another cannot be had."""
+        if path in self.futures:
+            self.futures[path].result()
+        self.check()
+
+    def check(self):
+        """Raise the ContractError of the first shard that cannot be had, if there is one."""
+        if self.is_stopped.is_set():
+            self.pool.shutdown(cancel_futures=True)
+            for future in self.futures.values():
+                if not future.cancelled():
+                    future.result()
+
+    def stop(self):
+        """Begin nothing more, and return when nothing more comes."""
+        self.is_stopped.set()
+        self.pool.shutdown(cancel_futures=True)
+
+    def download(self, path):
+        """Bring a shard to its path, unless stopped; whatever goes wrong stops the others."""
         try:
-            fetch(url, part, progress)
-            part.replace(path)
-            return
-        except requests.HTTPError as error:
-            reason = error.response.status_code
-            is_passing = reason >= 500 or reason in (408, 429)
-            if not is_passing:
+            self.try_to_download(path)
+        except BaseException:
+            self.is_stopped.set()
+            raise
+
+    def try_to_download(self, path):
+        """Bring a shard to its path, unless stopped; raise ContractError after the last try."""
+        url = f"{HF_ENDPOINT}/datasets/karpathy/climbmix-400b-shuffle/resolve/main/{path.name}"
+        part = path.with_suffix(".part")
+        advice = "run `uv run prepare.py` again, or set HF_ENDPOINT or AUTORESEARCH_CORPUS=python"
+        reason = None
+        wait = 0  # seconds until the next try
+        for attempt in range(DOWNLOAD_TRIES):
+            if reason:
+                say(f"{path.name}: {reason}, again in {wait:.0f} s")
+            self.sleep(wait)
+            if self.is_stopped.is_set():
+                return
+            wait = 2**attempt
+            try:
+                self.fetch(url, path, part)
+                return
+            except requests.HTTPError as error:
+                reason = error.response.status_code
+                is_passing = reason >= 500 or reason in (408, 429)
+                if not is_passing:
+                    break
+                wait = retry_after(error.response) or wait
+            except requests.RequestException as error:
+                reason = type(error).__name__
+                if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                    reason = "its certificate cannot be verified"
+                    advice = "set REQUESTS_CA_BUNDLE to the file of the certificates to trust"
+                    break
+            except OSError as error:
+                if "TLS CA certificate" not in str(error):
+                    raise
+                reason = error
+                advice = "set REQUESTS_CA_BUNDLE to a file that is there, or unset it"
                 break
-            wait = retry_after(error.response) or wait
-        except requests.RequestException as error:
-            reason = type(error).__name__
-        except ValueError as error:  # not what was announced: begin again
-            part.unlink(missing_ok=True)
-            reason = error
-    advice = "run `uv run prepare.py` again, or set HF_ENDPOINT or AUTORESEARCH_CORPUS=python"
-    raise ContractError(f"no {url} ({reason}): {advice}")
+            except ValueError as error:  # not what was announced: begin again
+                part.unlink(missing_ok=True)
+                reason = error
+            wait = min(wait, MAX_WAIT)
+            if reason == 429:  # too many requests, by all of us
+                self.pause_end = max(self.pause_end, time.monotonic() + wait)
+        raise ContractError(f"no {url} ({reason}): {advice}")
+
+    def sleep(self, seconds):
+        """Wait so long, and for the end of a pause that the server asked of any of us; or stop."""
+        end = time.monotonic() + seconds
+        while not self.is_stopped.is_set():
+            left = max(end, self.pause_end) - time.monotonic()
+            if left <= 0:
+                return
+            self.is_stopped.wait(left)
+
+    def fetch(self, url, path, part):
+        """Download url to path by way of the file `part`, going on where an earlier try stopped.
+
+        Raises ValueError if what came is not what was announced, else as requests does.
+        """
+        headers = {"Accept-Encoding": "identity"}
+        have = part.stat().st_size if part.exists() else 0
+        if have:
+            headers["Range"] = f"bytes={have}-"
+        with requests.get(url, headers=headers, stream=True, timeout=DOWNLOAD_TIMEOUT) as response:
+            if response.status_code == 416:
+                raise ValueError("nothing left to resume")
+            response.raise_for_status()
+            announced = response.headers.get("Content-Length", "")
+            if announced.isdecimal():
+                self.set_left(path, int(announced))
+            mode = "ab" if response.status_code == 206 else "wb"  # 206: the range asked for
+            with part.open(mode) as file:
+                for chunk in response.iter_content(2**14):
+                    file.write(chunk)
+                    self.set_left(path, self.left[path] - len(chunk))
+                    self.progress.update(len(chunk), self.num_left)
+                    if self.is_stopped.is_set():
+                        return
+        with part.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        for answer in (response, *response.history):
+            etag = answer.headers.get("X-Linked-Etag", "").strip('"')
+            if len(etag) == 64 and etag != sha256:
+                raise ValueError("sha256 differs from the one announced")
+        pq.read_metadata(part)  # raises a ValueError of its own if this is no parquet
+        part.replace(path)
+        self.set_left(path, 0)
+        self.progress.update(0, final=self.num_left == 0)
+
+    def set_left(self, path, num_bytes):
+        """Note how much of a shard is still to come."""
+        with self.lock:
+            self.num_left += num_bytes - self.left[path]
+            self.left[path] = num_bytes
 
 
-def download_climbmix(num_shards):
-    """Download the validation, the test and the first num_shards training shards (-1: all)."""
-    folder("data").mkdir(parents=True, exist_ok=True)
+def climbmix_shards(num_shards):
+    """Return the paths of the validation, the test and the first num_shards training shards.
+
+    -1 is all of them.
+    """
     num_existing = int(TEST_SHARD.removeprefix("shard_"))  # training shards: all before it
     if num_shards < 0 or num_shards > num_existing:
         num_shards = num_existing
     stems = [VAL_SHARD, TEST_SHARD]
     stems += [f"shard_{i:05d}" for i in range(num_shards)]
-    paths = [folder("data") / f"{stem}.parquet" for stem in stems]
-    missing = [path for path in paths if not path.exists()]
-    print(f"{len(missing)} shards of about 100 MB to download from {HF_ENDPOINT}", flush=True)
-    progress = Progress("bytes downloaded")
-    for path in missing:
-        download(path, progress)
-    progress.update(0, final=True)
+    return [folder("data") / f"{stem}.parquet" for stem in stems]
 
 
 def python_files(roots):
@@ -288,8 +417,12 @@ def python_documents(roots):
 
 def build_python():
     """Write the Python source of the running environment as parquet shards, unless done."""
-    if all(is_valid(shard_paths, "data", split) for split in ("train", "val", "test")):
+    missing = [s for s in ("train", "val", "test") if not is_valid(shard_paths, "data", s)]
+    if not missing:
         return
+    if any(folder("data").glob("*.parquet")):  # somebody's own, as ours come all at once
+        what = f"{folder('data')} has parquet, but no shard for {' and '.join(missing)}"
+        raise ContractError(f"{what}: add it, as docs/data.md says, or move that folder away")
     roots = sorted({Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
     splits, num_unreadable = python_documents(roots)
     temporary = folder("data").with_name("data.tmp")
@@ -306,20 +439,62 @@ def build_python():
     print(f"python corpus written; {num_unreadable} files were not readable")
 
 
-def read_texts(path):
-    """Yield the documents of a parquet shard that are not empty, in lists.
-
-    Raises ContractError if the file is no parquet of UTF-8 strings in a column `text`.
-    """
+def open_shard(path):
+    """Return a parquet file with UTF-8 text in a column `text`, else raise ContractError."""
     try:
-        with pq.ParquetFile(path) as file:
-            if file.schema_arrow.field("text").type != pa.string():
-                raise ValueError
-            for batch in file.iter_batches(GROUP_DOCUMENTS, columns=["text"]):
-                yield [text for text in batch["text"].to_pylist() if text]
-    except (ValueError, KeyError, OSError, pa.ArrowException):
-        what = f"{path} is not parquet with UTF-8 in column `text`"
-        raise ContractError(f"{what}: delete it, run `uv run prepare.py`") from None
+        file = pq.ParquetFile(path)
+    except (ValueError, OSError, pa.ArrowException):
+        raise bad_shard(path, "it is no parquet file") from None
+    names = file.schema_arrow.names
+    if "text" not in names:
+        raise bad_shard(path, f"it has no column `text`, but {', '.join(names)[:60]}")
+    kind = file.schema_arrow.field("text").type
+    text_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if text_kind not in (pa.string(), pa.large_string(), pa.string_view()):
+        raise bad_shard(path, f"its column `text` is of type {kind}, not of UTF-8 strings")
+    if file.metadata.num_rows == 0:
+        raise bad_shard(path, "it has no rows")
+    return file
+
+
+def bad_shard(path, reason):
+    """Return the ContractError about a file that is perhaps a person's own."""
+    advice = "mend it, or move it away, then run `uv run prepare.py`"
+    return ContractError(f"{path}: {reason}: {advice}")
+
+
+def read_texts(path, group):
+    """Yield the texts of a row group that are not empty, lists of at most GROUP_DOCUMENTS.
+
+    Raises ContractError if the shard is no parquet of UTF-8 text in a column `text`.
+    """
+    with open_shard(path) as file:
+        try:
+            for batch in file.iter_batches(GROUP_DOCUMENTS, [group], columns=["text"]):
+                texts = batch["text"].cast(pa.string())
+                texts.validate(full=True)
+                texts = [text for text in texts.to_pylist() if text]
+                if texts:
+                    yield texts
+        except (ValueError, OSError, pa.ArrowException):
+            raise bad_shard(path, "it is damaged, or its text is not UTF-8") from None
+
+
+def row_groups(paths, downloads):
+    """Yield (path, group, share) for each row group of these shards, in order.
+
+    It waits for shards that are on their way. share: how much of all shards is yielded by then, 0
+    to 1, estimated. Raises ContractError if a shard cannot be had or opened.
+    """
+    sizes = [path.stat().st_size if path.exists() else SHARD_BYTES for path in paths]
+    for i, path in enumerate(paths):
+        downloads.wait_for(path)
+        with open_shard(path) as file:
+            num_groups = file.num_row_groups
+        for group in range(num_groups):
+            downloads.check()
+            share = (group + 1) / num_groups  # of this shard
+            yield path, group, (sum(sizes[:i]) + share * sizes[i]) / sum(sizes)
 
 
 # --- Tokenizer training ---------------------------------------------------------------------------
@@ -330,30 +505,36 @@ def checksum(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def training_texts(progress):
-    """Yield the beginnings of the training documents, TRAIN_CHARS characters in all at most."""
-    for path in shard_paths("data", "train"):
-        for texts in read_texts(path):
-            for text in texts:
-                beginning = text[:TRAIN_DOCUMENT_CHARS]
-                yield beginning
-                progress.update(len(beginning))
+def training_texts(paths, downloads):
+    """Yield the beginnings of the documents in these shards, TRAIN_CHARS characters at most."""
+    progress = Progress("tokenizer", "M characters")
+    for path, group, share in row_groups(paths, downloads):
+        for texts in read_texts(path, group):
+            beginnings = [text[:TRAIN_DOCUMENT_CHARS] for text in texts]
+            yield from beginnings
+            num_chars = sum(map(len, beginnings))
+            so_far = progress.done + num_chars
+            progress.update(num_chars, max(min(so_far / share, TRAIN_CHARS) - so_far, 0))
             if progress.done >= TRAIN_CHARS:
-                return
+                break
+        if progress.done >= TRAIN_CHARS:
+            break
+    progress.update(0, final=True)
+    say(f"tokenizer: choosing {VOCAB_SIZE} tokens by what was read")
 
 
-def train_tokenizer():
-    """Train byte pair encoding on the training shards, unless done; write it as plain JSON."""
+def train_tokenizer(paths, downloads):
+    """Train byte pair encoding on these shards, unless done; write it as plain JSON."""
     if is_valid(Tokenizer.from_directory):
         return
     num_tokens = VOCAB_SIZE - len(SPECIAL_TOKENS)
-    progress = Progress("characters read for the tokenizer")
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(training_texts(progress), num_tokens, pattern=SPLIT_PATTERN)
-    progress.update(0, final=True)
+    texts = training_texts(paths, downloads)
+    trainer.train_from_iterator(texts, num_tokens, pattern=SPLIT_PATTERN)
     tokens = {rank: bytes(token) for token, rank in trainer.get_mergeable_ranks()}
     if len(tokens) < num_tokens:
-        raise ContractError(f"the training text fills {len(tokens)} of {num_tokens} tokens only")
+        what = f"the training text fills {len(tokens)} of {num_tokens} tokens only"
+        raise ContractError(f"{what}: add more text to {folder('data')}")
     content = {"contract": contract(), "tokens": [tokens[i].hex() for i in range(num_tokens)]}
     folder("tokenizer").mkdir(exist_ok=True)
     temporary = folder("tokenizer") / "tokenizer.tmp"
@@ -393,6 +574,19 @@ def read_first_document(path, tokenizer):
     return next(read_tokens(path, tokenizer), None)
 
 
+def is_tokenized(source, tokenizer):
+    """Return whether a shard has its tokens by this tokenizer, and has not changed since."""
+    path = token_path(source)
+    if not (source.exists() and is_valid(read_first_document, path, tokenizer)):
+        return False
+    return path.stat().st_mtime_ns >= source.stat().st_mtime_ns
+
+
+def token_path(source):
+    """Return where the tokens of a parquet shard belong."""
+    return folder("tokens") / f"{source.stem}.arrow"
+
+
 def encode_document(tokenizer, text):
     """Return BOS and the tokens of a text, uint16."""
     parts = [[tokenizer.bos_token_id]]
@@ -402,33 +596,125 @@ def encode_document(tokenizer, text):
     return np.concatenate(parts).astype(np.uint16)
 
 
-def tokenize(tokenizer):
-    """Write each shard's documents as BOS + tokens, a record batch a row group, unless done."""
+worker_tokenizer = None  # in a process that encodes
+
+
+def begin_worker(tokenizer):
+    """Make this a process that encodes: it leaves Ctrl-C to its parent, and ends when that does."""
+    global worker_tokenizer
+    worker_tokenizer = tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """Wait until the parent has ended, however it ended, then end this process."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def encode_group(path, group):
+    """Return [(tokens, offsets)] for each thousand documents of a row group, uint16 and int32."""
+    encoded = []
+    for texts in read_texts(path, group):
+        documents = [encode_document(worker_tokenizer, text) for text in texts]
+        offsets = np.cumsum([0, *map(len, documents)], dtype=np.int32)
+        encoded.append((np.concatenate(documents), offsets))
+    return encoded
+
+
+@contextmanager
+def interrupts_held_back():
+    """Let Ctrl-C wait until the end of the block, and never reach the processes that it starts.
+
+    A terminal sends it to them as well; one that has just begun would answer with a traceback.
+    """
+    pressed = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a new process inherits that
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def encoding_processes(tokenizer):
+    """Start a pool of processes for encode_group, one a processor; end it, however this ends.
+
+    Processes, as threads would be in each other's way.
+    """
+    context = multiprocessing.get_context("forkserver")  # a fork is not safe beside threads
+    context.set_forkserver_preload(["prepare"])  # imports torch once, not in every process
+    pool = ProcessPoolExecutor(num_processors(), context, begin_worker, (tokenizer,))
+    try:
+        with interrupts_held_back():
+            wait([pool.submit(os.getpid) for _ in range(num_processors())])
+        yield pool
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()  # a row group may be large
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def encode_shards(pool, paths, downloads):
+    """Yield (path, share, what encode_group returns) for the row groups of shards, in order.
+
+    share: see row_groups. Raises ContractError if a shard cannot be had or read.
+    """
+    pending = deque()
+    for path, group, share in row_groups(paths, downloads):
+        pending.append((path, share, pool.submit(encode_group, path, group)))
+        if len(pending) > 3 * num_processors():
+            path, share, future = pending.popleft()
+            yield path, share, future.result()
+    for path, share, future in pending:
+        yield path, share, future.result()
+
+
+def num_processors():
+    """Return the number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+
+
+def tokenize(tokenizer, paths, downloads):
+    """Write each shard's documents as BOS + tokens, a record batch for a thousand, unless done."""
+    paths = [path for path in paths if not is_tokenized(path, tokenizer)]
+    if not paths:
+        return
     folder("tokens").mkdir(exist_ok=True)
     schema = pa.schema({"tokens": pa.list_(pa.uint16())}, metadata={"tokenizer": tokenizer.sha256})
-    encode = functools.partial(encode_document, tokenizer)
-    progress = Progress("tokens written")
-    sources = [path for split in ("train", "val", "test") for path in shard_paths("data", split)]
-    for source in sources:
-        path = folder("tokens") / f"{source.stem}.arrow"
-        if is_valid(read_first_document, path, tokenizer):
-            continue
-        temporary = path.with_suffix(".tmp")
-        with (
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-            pa.OSFile(str(temporary), "wb") as file,
-            pa.ipc.new_file(file, schema) as writer,
-        ):
-            for texts in read_texts(source):
-                if not texts:
-                    continue
-                documents = list(pool.map(encode, texts))
-                offsets = np.cumsum([0, *map(len, documents)], dtype=np.int32)
-                column = pa.ListArray.from_arrays(offsets, np.concatenate(documents))
-                writer.write_batch(pa.record_batch([column], schema=schema))
-                progress.update(offsets[-1])
-        temporary.replace(path)
+    progress = Progress("tokens", "M")
+    with encoding_processes(tokenizer) as pool:
+        encoded = encode_shards(pool, paths, downloads)
+        for path, groups in itertools.groupby(encoded, key=itemgetter(0)):
+            temporary = token_path(path).with_suffix(".tmp")
+            with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+                for _, share, batches in groups:
+                    for tokens, offsets in batches:
+                        column = pa.ListArray.from_arrays(offsets, tokens)
+                        writer.write_batch(pa.record_batch([column], schema=schema))
+                        so_far = progress.done + len(tokens)
+                        progress.update(len(tokens), so_far / share - so_far)
+            temporary.replace(token_path(path))
     progress.update(0, final=True)
+
+
+def check_held_out_text(tokenizer):
+    """Raise ContractError if there is less held-out text than evaluation scores."""
+    for split in ("val", "test"):
+        loader = Dataloader(tokenizer, 1, MAX_SEQ_LEN, split, "cpu")
+        num_rows = sum(1 for _ in itertools.islice(loader.rows, loader.num_left))
+        if num_rows < loader.num_left:
+            (path,) = shard_paths("data", split)
+            what = f"{path} fills {num_rows} of the {loader.num_left} rows that are scored"
+            share = loader.num_left / max(num_rows, 1)
+            raise ContractError(f"{what}: give it over {share:.1f} times as much text")
 
 
 # --- Tokenizer ------------------------------------------------------------------------------------
@@ -909,7 +1195,79 @@ def evaluate_bpb(model, tokenizer, batch_size, split="val"):
     return sum_nats / (math.log(2) * sum_bytes)
 
 
+# --- FlashAttention-3 -----------------------------------------------------------------------------
+
+FLASH_SECONDS = 300  # that its download may take
+
+
+def flash_attention_3_folder():
+    """Return the path of FlashAttention-3 for this torch: a link to its package, once fetched."""
+    return CACHE_DIR / f"flash-attn3-torch-{torch.__version__}"
+
+
+def download_flash_attention_3():
+    """Download FlashAttention-3 from the Hub; return the path of its package.
+
+    The client of the Hub picks the build for this torch, which takes no GPU, and executes nothing
+    of it. It runs in a process of its own, because it may wait for an answer without end. Raises
+    RuntimeError with the reason if there is no package.
+    """
+    # Version 1 is a branch. It fails unless the Hub trusts the organisation
+    install = 'kernels.install_kernel("kernels-community/flash-attn3", version=1)'
+    command = [sys.executable, "-c", f"import kernels; print({install})"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=FLASH_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"its download took over {FLASH_SECONDS} s") from None
+    if done.returncode != 0:
+        errors = re.findall(r"^[\w.]+: .+", done.stderr, flags=re.MULTILINE)
+        raise RuntimeError(errors[0] if errors else f"its download ended with {done.returncode}")
+    return Path(done.stdout.splitlines()[-1]).absolute()
+
+
+def fetch_flash_attention_3():
+    """Fetch FlashAttention-3, unless done; print one line if it cannot be had.
+
+    It is wanted where a GPU is, and with climbmix, as a cluster's login node may have no GPU.
+    """
+    is_wanted = torch.cuda.is_available() or CORPUS == "climbmix"
+    link = flash_attention_3_folder()
+    if not is_wanted or (link / "metadata.json").exists():
+        return
+    print(f"FlashAttention-3 to download from {HF_ENDPOINT}", flush=True)
+    try:
+        temporary = link.with_name(f"{link.name}.{os.getpid()}")
+        temporary.symlink_to(download_flash_attention_3())
+        temporary.replace(link)
+    except (RuntimeError, OSError) as error:
+        advice = "run `uv run prepare.py` again to try again"
+        print(f"no FlashAttention-3 ({error}): training uses flex_attention; {advice}")
+
+
 # --- Command line ---------------------------------------------------------------------------------
+
+
+def prepare_shards(wanted):
+    """Download the shards that are wanted and not there, then train the tokenizer, and tokenize.
+
+    Each shard is worked on as soon as it is there. Shards that are there and not wanted count, too.
+    """
+    folder("data").mkdir(exist_ok=True)
+    missing = [path for path in wanted if not path.exists()]
+    if missing:
+        print(f"{len(missing)} shards of about 100 MB to download from {HF_ENDPOINT}", flush=True)
+    paths = sorted({*wanted, *folder("data").glob("*.parquet")})
+    training_paths = [path for path in paths if split_of(path) == "train"]
+    if not training_paths:
+        shard_paths("data", "train")  # raises the ContractError that says so
+    downloads = Downloads(missing)
+    try:
+        train_tokenizer(training_paths, downloads)
+        tokenizer = Tokenizer.from_directory()
+        tokenize(tokenizer, paths, downloads)
+    finally:
+        downloads.stop()
+    check_held_out_text(tokenizer)
 
 
 def main():
@@ -925,14 +1283,18 @@ def main():
             print(f"{CORPUS} in {home}, one prepare.py at a time", flush=True)
             os.lockf(lock.fileno(), os.F_LOCK, 0)  # freed when its process ends, however it ends
             if CORPUS == "climbmix":
-                download_climbmix(num_shards)
+                wanted = climbmix_shards(num_shards)
             else:
                 build_python()
-            train_tokenizer()
-            tokenize(Tokenizer.from_directory())
+                wanted = []
+            prepare_shards(wanted)
+            fetch_flash_attention_3()
     except OSError as error:
         why = f"{error.filename or home}: {error.strerror or error}"
         raise ContractError(f"{why}: make room, or set AUTORESEARCH_CACHE elsewhere") from None
+    except BrokenProcessPool:
+        what = "a process that encodes was killed, perhaps because memory is short"
+        raise ContractError(f"{what}: `uv run prepare.py` goes on from here") from None
     except KeyboardInterrupt:
         raise ContractError("interrupted: `uv run prepare.py` goes on from here") from None
     print(f"ready after {time.monotonic() - start:.0f} s, next: uv run train.py")

@@ -15,16 +15,11 @@ Shapes: B rows, T tokens of context, C model_dim, H heads, D head_dim, V vocabul
 import ctypes
 import functools
 import gc
-import json
 import logging
 import math
-import os
-import re
-import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -76,6 +71,11 @@ if not ON_CUDA:  # a CPU or Apple silicon: what differs from the above, tuned on
 # --- Attention ------------------------------------------------------------------------------------
 
 
+def first_line(error):
+    """Return the kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
 def choose_attention(device):
     """Return "flash-attn3" or "flex" for a GPU, "blocked" elsewhere; print why not the first."""
     if device.type != "cuda":
@@ -93,48 +93,20 @@ def choose_attention(device):
         return "flex"
 
 
-DOWNLOAD_SECONDS = 120  # that a run waits at most for the Hub; a night waits so once
-
-
-def download_flash_attention_3():
-    """Download FlashAttention-3 from the Hub; return its folder, or "" if that takes too long.
-
-    It is done in a process of its own, because the client of the Hub may wait for an answer without
-    end, and writes to the log. Raises RuntimeError with the reason if the download fails.
-    """
-    # Version 1 is a branch. It fails unless the Hub trusts the organisation
-    install = 'kernels.install_kernel("kernels-community/flash-attn3", version=1)'
-    command = [sys.executable, "-c", f"import kernels; print({install})"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)
-    except subprocess.TimeoutExpired:
-        return ""
-    if done.returncode != 0:
-        errors = re.findall(r"^[\w.]+: .+", done.stderr, flags=re.MULTILINE)
-        raise RuntimeError(errors[0] if errors else f"its download ended with {done.returncode}")
-    return done.stdout.splitlines()[-1]
-
-
 @functools.cache
 def flash_attention_3():
-    """Return flash_attn_func of FlashAttention-3 from the Hub (Shah et al., arXiv 2407.08608).
+    """Return flash_attn_func of FlashAttention-3 (Shah et al., arXiv 2407.08608).
 
-    The first run downloads a compiled package of the kernels-community organisation. Every run
-    executes it, and it may do what you may do. To do without it, let choose_attention return "flex"
-    on CUDA: then nothing is downloaded, and nothing of it is executed. Raises RuntimeError, or what
-    the package raises, if it cannot be had.
+    It is a compiled package of the kernels-community organisation on the Hugging Face Hub, which
+    prepare.py downloads. Every run executes it, and it may do what you may do. To do without it,
+    let choose_attention return "flex" on CUDA: then nothing of it is executed. Raises
+    FileNotFoundError if it is not there, or what the package raises.
     """
-    key = f"flash-attn3 for torch {torch.__version__}"
-    folder = remembered().get(key)
-    if folder is None or (folder and not Path(folder).exists()):
-        folder = download_flash_attention_3()
-        remember(key, folder)
-    if not folder:
-        without_limit = "import train; train.DOWNLOAD_SECONDS = None; train.flash_attention_3()"
-        advice = f'delete {memory_path()} and run: uv run python -c "{without_limit}"'
-        raise RuntimeError(f"its download took over {DOWNLOAD_SECONDS} s; to try again, {advice}")
+    folder = prepare.flash_attention_3_folder()
+    if not folder.exists():
+        raise FileNotFoundError(f"no {folder}: `uv run prepare.py` downloads it")
     logging.getLogger("kernels").setLevel(logging.ERROR)  # it warns of how a package was built
-    return get_local_kernel(Path(folder)).flash_attn_func
+    return get_local_kernel(folder).flash_attn_func
 
 
 def masked_attention(q, k, v, mask):
@@ -603,17 +575,11 @@ PEAK_FLOPS = {
     "A100": 312e12,
     "L40S": 362e12,
 }
-ROOMY_BYTES = 48e9  # GPU memory from which DEVICE_BATCH_SIZE rows are tried before one is measured
 
 
 def peak_flops(device_name):
     """Return the peak of a device in FLOP/s, nan where it is not known."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), math.nan)
-
-
-def first_line(error):
-    """Return the kind of an error and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
 def cause_of(error):
@@ -680,7 +646,6 @@ def warm_up(model, optimizers, rows, seq_len, vocab_size, device):
     """Train on made-up tokens and score a batch of them, then clear gradients and optimizer state.
 
     All that can fail, must be compiled or takes memory is tried here, before the clock starts.
-    Return the bytes of GPU memory that this took besides weights, gradients and optimizer state.
     """
     inputs = torch.randint(vocab_size, (rows, seq_len), device=device)
     targets = inputs.clone()  # two tensors, as the loader gives: compiled code tells that apart
@@ -694,7 +659,6 @@ def warm_up(model, optimizers, rows, seq_len, vocab_size, device):
         with torch.compiler.set_stance("eager_on_recompile"):
             prepare.score_batch(model, context, context, vocab_size)
         model.train()
-        return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() if ON_CUDA else 0
     finally:
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -709,32 +673,21 @@ def free_gpu_memory():
         torch.cuda.reset_peak_memory_stats()
 
 
+def rows_that_fit(device_bytes, vocab_size, model_dim, seq_len, dtype):
+    """Return about how many rows a forward pass may have in a GPU's memory; at least 1.
+
+    A formula for the model as shipped, fitted to what torch's allocator gives out (tools/fits.py).
+    Where it promises too much, warm-up runs out of memory, and fewer rows are tried.
+    """
+    kept = 16 * DEPTH * model_dim * dtype.itemsize * seq_len  # until the backward pass
+    logits = (dtype.itemsize + 8) * vocab_size * prepare.MAX_SEQ_LEN  # to score: in float32 twice
+    share = 0.8  # of the memory; the rest is for the weights, the optimizer and the compiler
+    return max(1, int(share * device_bytes / max(kept, logits)))
+
+
 def largest_divisor(number, limit):
     """Return the largest divisor of a number that is not above the limit."""
     return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
-
-
-def memory_path():
-    """Return the path of what runs remember for later runs, JSON."""
-    return prepare.CACHE_DIR / "remembered.json"
-
-
-def remembered():
-    """Return what earlier runs remembered, a dictionary; empty if it cannot be read."""
-    try:
-        return dict(json.loads(memory_path().read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def remember(key, value):
-    """Add an entry to what later runs read."""
-    temporary = memory_path().with_suffix(f".{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(remembered() | {key: value}, indent=0))
-        temporary.replace(memory_path())
-    except OSError as error:
-        print(f"not remembered for the next run: {first_line(error)}")
 
 
 # --- Main -----------------------------------------------------------------------------------------
@@ -745,7 +698,6 @@ def main():
         device = torch.device("cuda")
         device_name = torch.cuda.get_device_name()
         warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # greets every run
-        device_bytes = torch.cuda.get_device_properties(device).total_memory
     else:
         device = torch.device("mps" if torch.mps.is_available() else "cpu")
         device_name = device.type
@@ -764,15 +716,13 @@ def main():
     # Model and warm-up. Memory decides the rows of a pass, the compiler whether there is one
     n_head = math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)
     model_dim = n_head * HEAD_DIM
-    rows_a_step = max(1, TOTAL_BATCH_SIZE // seq_len)
-    rows = largest_divisor(rows_a_step, DEVICE_BATCH_SIZE)
-    measure_a_row = False
+    max_rows = DEVICE_BATCH_SIZE
     if ON_CUDA:
-        sizes = (device_bytes, vocab_size, DEPTH, model_dim, seq_len, rows)
-        key = f"{device_name} {' '.join(map(str, sizes))}"
-        known_rows = remembered().get(key)
-        measure_a_row = known_rows is None and device_bytes < ROOMY_BYTES
-        rows = largest_divisor(rows_a_step, known_rows or rows)
+        device_bytes = torch.cuda.get_device_properties(device).total_memory
+        fitting = rows_that_fit(device_bytes, vocab_size, model_dim, seq_len, dtype)
+        max_rows = min(max_rows, fitting)
+    rows_a_step = max(1, TOTAL_BATCH_SIZE // seq_len)
+    rows = largest_divisor(rows_a_step, max_rows)
     while True:
         args = (vocab_size, context, DEPTH, model_dim, n_head, n_head, backend, dtype, device)
         try:
@@ -780,19 +730,11 @@ def main():
             if use_compile:
                 compile_model(model, device)
             optimizers = make_optimizers(model, compiled=use_compile and ON_CUDA)
-            if not measure_a_row:
-                warm_up(model, optimizers, rows, seq_len, vocab_size, device)
-                break
-            row_bytes = warm_up(model, optimizers, 1, seq_len, vocab_size, device)
-            free_gpu_memory()
-            free_bytes, _ = torch.cuda.mem_get_info()
-            fitting = max(1, int(0.9 * free_bytes / row_bytes))
-            rows = largest_divisor(rows_a_step, min(rows, fitting))
-            print(f"a row takes {row_bytes / 2**20:.0f} MB: {rows} rows a forward pass")
-            measure_a_row = False
+            warm_up(model, optimizers, rows, seq_len, vocab_size, device)
+            break
         except Exception as error:
             if is_out_of_memory(error):
-                if rows == 1 or measure_a_row:
+                if rows == 1:
                     sys.exit("train.py: out of memory with a single row: make the model smaller")
                 fewer = largest_divisor(rows_a_step, rows // 2)
                 print(f"out of memory with {rows} rows a forward pass, trying {fewer}")
@@ -810,8 +752,6 @@ def main():
         model = optimizers = None
         torch.compiler.reset()
         free_gpu_memory()
-    if ON_CUDA and rows != known_rows:
-        remember(key, rows)
     free_gpu_memory()
     passes_a_step = rows_a_step // rows
     torch.manual_seed(prepare.SEED)

@@ -8,6 +8,7 @@ import bisect
 import faulthandler
 import hashlib
 import itertools
+import multiprocessing
 import os
 import re
 import signal
@@ -39,6 +40,10 @@ os.environ["AUTORESEARCH_CORPUS"] = "python"
 os.environ["AUTORESEARCH_CACHE"] = f"{os.devnull}/autoresearch"  # no folder, nor can it be one
 
 import prepare  # noqa: E402  (reads the environment)
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload([*PRELOAD, "prepare"])
+FORKSERVER.set_forkserver_preload = lambda names: None  # prepare.py would choose for its processes
 
 
 def pytest_xdist_auto_num_workers(config):

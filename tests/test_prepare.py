@@ -13,6 +13,7 @@ import re
 import runpy
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -23,11 +24,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import PATIENCE_SECONDS, PRELOAD, ROOT, Hub
+from conftest import FORKSERVER, PATIENCE_SECONDS, PRELOAD, ROOT, Hub
 
 import prepare
 
@@ -61,6 +63,8 @@ def run(folder, url, *args):
             patch.setattr(prepare, name, value)
         patch.setattr(prepare, "CACHE_DIR", folder)
         patch.setattr(prepare, "HF_ENDPOINT", url)
+        # It asks another server, in another process: tests/null_gpu/test_hub.py
+        patch.setattr(prepare, "fetch_flash_attention_3", lambda: None)
         patch.setattr(sys, "argv", ["prepare.py", *(args or ("--num-shards", "2"))])
         prepare.main()
 
@@ -182,7 +186,7 @@ def test_compiler_cache_that_cannot_be_written(prepared_cache, folder):
 # Import and settings
 
 
-def python(code, **env):
+def python(code, start_new_session=False, **env):
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | env
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -190,6 +194,7 @@ def python(code, **env):
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,
+        start_new_session=start_new_session,
     )
 
 
@@ -403,7 +408,12 @@ def test_giving_up_takes_under_two_minutes():
 def test_retry_after_is_honoured_by_its_value(climbmix, monkeypatch, capfd, value, least, most):
     waits, value = [], value() if callable(value) else value
     monkeypatch.setitem(QUICK, "MAX_WAIT", 300)
-    monkeypatch.setattr(time, "sleep", waits.append)
+
+    def sleep(downloads, seconds):
+        waits.append(seconds)
+        downloads.pause_end = 0.0
+
+    monkeypatch.setattr(prepare.Downloads, "sleep", sleep)
     later = lambda handler, body: handler.answer(429, b"busy", Retry_After=value)  # noqa: E731
     climbmix.faults = {NAME: [later]}
     run(climbmix.cache.parent, climbmix.url)
@@ -430,6 +440,174 @@ def test_number_of_shards(climbmix):
     climbmix.fails("^no train shard in .*run `uv run prepare.py`", "--num-shards", "0")
     climbmix.fails("shard_00003.parquet.*404", "--num-shards", "9999999")
     (climbmix.cache / "data" / "shard_00002.parquet").unlink(missing_ok=True)
+    climbmix.completes()
+
+
+# ------------------------------------------------------------------------------------------------
+# Several downloads at once
+
+
+@pytest.fixture
+def twelve(climbmix, shards):
+    """Ten training shards: files, and a function that prepares them and says what is there."""
+    first = shards["shard_00000.parquet"]
+    climbmix.files |= {f"shard_{i:05d}.parquet": first for i in range(10)}
+
+    def prepared():
+        run(climbmix.cache.parent, climbmix.url, "--num-shards", "10")
+        left = tree(climbmix.cache)
+        for name in climbmix.files:
+            assert left[f"data/{name}"] == climbmix.files[name]
+            assert f"tokens/{Path(name).stem}.arrow" in left
+        assert not list(climbmix.cache.rglob("*.part")) + list(climbmix.cache.rglob("*.tmp"))
+
+    climbmix.prepared = prepared
+    return climbmix
+
+
+def test_eight_at_once_and_no_more(twelve):
+    """The first eight answers wait for each other; a ninth request would find them in flight."""
+    barrier = threading.Barrier(prepare.NUM_DOWNLOADS)
+    in_flight = []
+
+    def meet(handler, body):
+        in_flight.append(handler)
+        most.append(len(in_flight))
+        if len(most) <= prepare.NUM_DOWNLOADS:
+            barrier.wait(PATIENCE_SECONDS)
+        in_flight.remove(handler)
+        twelve.serve(handler, body)
+
+    most = []
+    twelve.forever = True
+    twelve.faults = {name: [meet] for name in twelve.files}
+    twelve.prepared()
+    assert max(most) == prepare.NUM_DOWNLOADS == 8
+
+
+def test_every_fault_at_once(twelve, impatient):
+    """Each shard meets another one, and all meet them at the same time; twice."""
+    faults = itertools.cycle(PASSING.values())
+    twelve.faults = {name: [next(faults), next(faults)] for name in twelve.files}
+    twelve.prepared()
+
+
+@pytest.mark.parametrize("name", ["404", "503", "corrupt"])
+def test_one_that_fails_stops_the_others(twelve, name):
+    """The message is about that shard, and what had come of the others is kept."""
+    in_flight = threading.Barrier(prepare.NUM_DOWNLOADS)
+    fault, reason = PERMANENT[name]
+
+    def go_on(handler, body):
+        """Send a piece every few milliseconds, until nobody listens any more."""
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(10**12))
+        handler.end_headers()
+        handler.wfile.write(bytes(2**16))
+        in_flight.wait(PATIENCE_SECONDS)
+        while True:
+            handler.wfile.write(bytes(2**16))
+            time.sleep(0.005)
+
+    def fail(handler, body):
+        if not tries:
+            in_flight.wait(PATIENCE_SECONDS)
+        tries.append(handler)
+        fault(handler, body)
+
+    tries = []
+    bad = "shard_00003.parquet"
+    twelve.forever = True
+    twelve.faults = {name: [go_on] for name in twelve.files} | {bad: [fail]}
+    with pytest.raises(prepare.ContractError, match=rf"^no http\S+/{bad} \(.*({reason})"):
+        twelve.prepared()
+    parts = {path.stem: path.stat().st_size for path in twelve.cache.rglob("*.part")}
+    others = {stem: size for stem, size in parts.items() if stem != Path(bad).stem}
+    assert len(others) == prepare.NUM_DOWNLOADS - 1 and min(others.values()) > 0
+
+
+def test_too_many_requests_is_said_to_all(twelve, monkeypatch):
+    """For as long as one is asked to wait, no other begins: those in flight may go on."""
+    monkeypatch.setitem(QUICK, "MAX_WAIT", 300)
+    monkeypatch.setitem(QUICK, "NUM_DOWNLOADS", 2)
+    begun = []  # [(name, time)]
+
+    def note(handler, body):
+        name = handler.path.rpartition("/")[2]
+        begun.append((name, time.monotonic()))
+        if len(begun) == 3:
+            handler.answer(429, b"busy", Retry_After=1)
+        else:
+            twelve.serve(handler, body)
+
+    twelve.forever = True
+    twelve.faults = {name: [note] for name in twelve.files}
+    twelve.prepared()
+    told = begun[2][1]
+    meanwhile = [name for name, at in begun[3:] if at < told + 0.9]
+    assert len(begun) == 13 and len(meanwhile) <= 1  # 1: the other one, which was not yet told
+
+
+def test_progress_says_how_much_of_how_much(twelve, capfd, monkeypatch):
+    twelve.prepared()
+    [line] = [line for line in capfd.readouterr().out.splitlines() if line.startswith("download:")]
+    total = sum(map(len, twelve.files.values())) / 1e6
+    assert line.startswith(f"download: {total:.1f} MB, ")
+    progress = prepare.Progress("download", "MB")
+    progress.done = 500_000_000
+    text = progress.line(10, left=1_700_000_000)
+    assert text == "download: 500.0 of 2200 MB, 50.00 MB/s, 34 s left"
+
+
+def test_what_is_left_counts_parts_and_sizes(twelve):
+    """Half of a shard is there already: it is not announced as to come."""
+    seen = []
+    name = "shard_00000.parquet"
+    half = len(twelve.files[name]) // 2
+    (twelve.cache / "data").mkdir(parents=True)
+    part = twelve.cache / "data" / "shard_00000.part"
+    part.write_bytes(twelve.files[name][:half])
+    real = prepare.Progress.update
+
+    def update(self, count, left=0, final=False):
+        if self.label == "download":
+            seen.append((count, left))
+        real(self, count, left, final)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare.Progress, "update", update)
+        twelve.prepared()
+    assert sum(count for count, _ in seen) == sum(map(len, twelve.files.values())) - half
+    assert seen[-1][1] == 0 and all(left >= 0 for _, left in seen)
+
+
+@pytest.fixture
+def https(hub, tmp_path):
+    """Put the hub behind TLS, with a certificate that nobody knows; return the certificate."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl")
+    certificate = tmp_path / "certificate.pem"
+    key = tmp_path / "key.pem"
+    command = "openssl req -x509 -nodes -days 9 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", key, "-out", certificate]
+    subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    hub.server.socket = context.wrap_socket(hub.server.socket, server_side=True)
+    hub.url = hub.url.replace("http:", "https:")
+    return certificate
+
+
+def test_certificate_that_fails_is_tried_once_and_its_variable_is_named(https, climbmix, capfd):
+    climbmix.fails("certificate cannot be verified.*set REQUESTS_CA_BUNDLE")
+    assert "again in" not in capfd.readouterr().out and not climbmix.log
+
+
+def test_certificate_that_is_named_is_taken(https, climbmix, monkeypatch):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(https) + ".not")
+    climbmix.fails(r"TLS CA certificate bundle.*set REQUESTS_CA_BUNDLE to a file that is there")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(https))
     climbmix.completes()
 
 
@@ -492,7 +670,7 @@ def test_read_only_cache(climbmix, tmp_path):
         subprocess.run(["umount", tmp_path], check=True)
 
 
-PHASES = {"bytes downloaded": 3, "characters read for the tokenizer": 50, "tokens written": 3}
+PHASES = {"download": 3, "tokenizer": 2, "tokens": 3}
 
 
 def interrupt(monkeypatch, label, count, act):
@@ -515,20 +693,65 @@ def test_ctrl_c_then_a_rerun(climbmix, label, monkeypatch):
     climbmix.completes()
 
 
+def test_ctrl_c_is_not_for_the_workers(climbmix):
+    """A terminal sends it to them as well, but what they do is their parent's to end."""
+    workers = []
+
+    def act():
+        workers.extend(process.pid for process in multiprocessing.active_children())
+        for pid in workers:
+            os.kill(pid, signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "tokens", 1, act)
+        climbmix.completes()
+    assert workers
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_processes_begin(climbmix, tmp_path):
+    """All get it, as from a terminal, and none of those that have just begun prints a traceback."""
+    code = f"""if True:
+        import os, pathlib, signal
+        import prepare, test_prepare
+        submit = prepare.ProcessPoolExecutor.submit
+        def submit_and_press(pool, *args):
+            future = submit(pool, *args)
+            os.killpg(0, signal.SIGINT)
+            return future
+        prepare.ProcessPoolExecutor.submit = submit_and_press
+        test_prepare.run(pathlib.Path({str(tmp_path)!r}), {climbmix.url!r})
+    """
+    result = python(code, start_new_session=True)
+    assert result.returncode == 1
+    assert result.stderr == "interrupted: `uv run prepare.py` goes on from here\n"
+    climbmix.completes()
+
+
 def in_another_process(folder, url, label=None):
     """Start a run of prepare.py; kill it in the middle of a phase."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, "prepare", "test_prepare"])
-    process = context.Process(target=run_and_die, args=(folder, url, label))
+    process = FORKSERVER.Process(target=run_and_die, args=(folder, url, label))
     process.start()
     return process
 
 
 def run_and_die(folder, url, label):
+    def die():
+        workers = [process.pid for process in multiprocessing.active_children()]
+        (folder / "workers").write_text(json.dumps(workers))
+        os.kill(os.getpid(), signal.SIGKILL)
+
     if label:
-        kill = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
-        interrupt(pytest.MonkeyPatch(), label, PHASES[label], kill)
+        interrupt(pytest.MonkeyPatch(), label, PHASES[label], die)
     run(folder, url)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.slow
@@ -537,6 +760,12 @@ def test_sigkill_then_a_rerun(climbmix, label, tmp_path):
     process = in_another_process(tmp_path, climbmix.url, label)
     process.join(PATIENCE_SECONDS)
     assert process.exitcode == -signal.SIGKILL
+    workers = json.loads((tmp_path / "workers").read_text())
+    assert bool(workers) == (label == "tokens")
+    until = time.monotonic() + PATIENCE_SECONDS
+    while any(map(is_running, workers)):
+        assert time.monotonic() < until, "a worker has outlived its parent"
+        time.sleep(0.05)
     climbmix.completes()
 
 
@@ -554,23 +783,26 @@ def test_two_at_once(climbmix, tmp_path):
 # Data that is not as it should be
 
 BAD = {
-    "no text column": parquet(["a"] * 10, column="content"),
-    "numbers": parquet([1] * 10, kind=pa.int64()),
-    "bytes": parquet([PLANT.encode() + b" \xff\xfe"] * 10, kind=pa.binary()),
-    "not parquet": b"PLANT" * 100,
-    "empty file": b"",
+    "no text column": (parquet(["a"] * 10, column="content"), "no column `text`, but content"),
+    "numbers": (parquet([1] * 10, kind=pa.int64()), "is of type int64"),
+    "lists": (parquet([["a"]] * 10, kind=pa.list_(pa.string())), "is of type list<"),
+    "bytes": (parquet([PLANT.encode() + b" \xff\xfe"] * 10, kind=pa.binary()), "type binary"),
+    "no rows": (parquet([]), "has no rows"),
+    "not parquet": (b"PLANT" * 100, "is no parquet file"),
+    "empty file": (b"", "is no parquet file"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_parquet_is_one_line(climbmix, name, tmp_path, capfd):
+    """It says what was found, and never that a file, perhaps a person's own, be deleted."""
     climbmix.completes()
-    for path in (climbmix.cache / "tokens").iterdir():
-        path.unlink()
     path = climbmix.cache / "data" / NAME
-    path.write_bytes(BAD[name])
-    with pytest.raises(prepare.ContractError, match=rf"{NAME} is not .*: delete it, run") as error:
+    content, reason = BAD[name]
+    path.write_bytes(content)
+    with pytest.raises(prepare.ContractError, match=rf"{NAME}: .*{reason}.*: mend it, or") as error:
         run(tmp_path, climbmix.url)
+    assert "delete" not in str(error.value) and path.read_bytes() == content
     assert PLANT not in str(error.value) + "".join(capfd.readouterr())
     path.unlink()
     climbmix.completes()
@@ -581,9 +813,8 @@ def test_strings_that_are_not_utf8(climbmix, tmp_path, capfd):
     surrogate = b"\xed\xa0\x80"
     raw = pa.array([PLANT.encode() + surrogate] * 3, pa.binary())
     table = pa.table({"text": pa.StringArray.from_buffers(3, *raw.buffers()[1:])})
-    (climbmix.cache / "tokens" / NAME.replace("parquet", "arrow")).unlink()
     pq.write_table(table, climbmix.cache / "data" / NAME)
-    with pytest.raises(prepare.ContractError, match=f"{NAME} is not .*UTF-8") as error:
+    with pytest.raises(prepare.ContractError, match=f"{NAME}: .*not UTF-8") as error:
         run(tmp_path, climbmix.url)
     assert PLANT not in str(error.value) + "".join(capfd.readouterr())
 
@@ -591,11 +822,129 @@ def test_strings_that_are_not_utf8(climbmix, tmp_path, capfd):
 def test_nulls_and_empty_documents_are_left_out(climbmix, tmp_path):
     texts = [None, "", "one", None, "", "two"] + [None] * 200 + ["three"]
     climbmix.files = dict.fromkeys(climbmix.files, parquet(texts * 20))
-    with pytest.raises(prepare.ContractError, match=r"fills [0-9]+ of 296 tokens only"):
+    with pytest.raises(prepare.ContractError, match=r"fills [0-9]+ of 296 tokens only: add more"):
         run(tmp_path, climbmix.url)
     assert not list(climbmix.cache.glob("tokenizer/*.json"))
-    path = climbmix.cache / "data" / NAME
-    assert [t for group in prepare.read_texts(path) for t in group] == ["one", "two", "three"] * 20
+    assert documents(climbmix.cache / "data" / NAME) == ["one", "two", "three"] * 20
+
+
+def documents(path):
+    """Return all documents of a parquet shard."""
+    groups = range(pq.ParquetFile(path).num_row_groups)
+    return [text for group in groups for texts in prepare.read_texts(path, group) for text in texts]
+
+
+# ------------------------------------------------------------------------------------------------
+# Text of one's own
+
+
+def written_by_pandas(texts, path):
+    pandas.DataFrame({"id": range(len(texts)), "text": texts}).to_parquet(path)
+
+
+def written_by_pandas_as_a_category(texts, path):
+    pandas.DataFrame({"text": pandas.Categorical(texts)}).to_parquet(path)
+
+
+def written_with_large_strings(texts, path):  # as polars does
+    pq.write_table(pa.table({"text": pa.array(texts, pa.large_string())}), path)
+
+
+def written_with_string_views(texts, path):
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string_view())}), path)
+
+
+def written_in_one_row_group(texts, path):
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=10**6)
+
+
+WRITERS = [
+    written_by_pandas,
+    written_by_pandas_as_a_category,
+    written_with_large_strings,
+    written_with_string_views,
+    written_in_one_row_group,
+]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_text_of_ones_own(climbmix, shards, corpus, tmp_path, write):
+    """Parquet by other hands, under other names: the tokens are those of our own parquet."""
+    texts = corpus["train"][:600]
+    data = climbmix.cache / "data"
+    data.mkdir(parents=True)
+    names = {"mine": texts[:300], prepare.VAL_SHARD: texts[300:], prepare.TEST_SHARD: texts[300:]}
+    for stem, part in names.items():
+        write(part, data / f"{stem}.parquet")
+    run(tmp_path, climbmix.url, "--num-shards", "0")
+    assert not climbmix.log
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "CACHE_DIR", tmp_path)
+        for name, value in SMALL.items():
+            patch.setattr(prepare, name, value)
+        tokenizer = prepare.Tokenizer.from_directory()
+        for stem, part in names.items():
+            assert documents(data / f"{stem}.parquet") == part
+            tokens = list(prepare.read_tokens(climbmix.cache / f"tokens/{stem}.arrow", tokenizer))
+            assert [tokenizer.decode(t[1:].tolist()) for t in tokens] == part
+
+
+def test_text_that_changed_is_tokenized_again(climbmix, shards, tmp_path):
+    climbmix.completes()
+    path = climbmix.cache / "tokens" / NAME.replace("parquet", "arrow")
+    before = path.read_bytes()
+    (climbmix.cache / "data" / NAME).write_bytes(shards["shard_00002.parquet"])
+    run(tmp_path, climbmix.url)
+    assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize("stem", [prepare.VAL_SHARD, prepare.TEST_SHARD])
+def test_too_little_held_out_text_is_said_before_training(climbmix, corpus, tmp_path, stem):
+    climbmix.files[f"{stem}.parquet"] = parquet(corpus["train"][:3])
+    what = rf"{stem}.parquet fills [0-7] of the 8 rows .*: give it over \d+.\d times as much text"
+    with pytest.raises(prepare.ContractError, match=what):
+        run(tmp_path, climbmix.url)
+
+
+def test_half_a_corpus_of_ones_own_is_not_touched(tmp_path, monkeypatch):
+    """The embedded corpus takes the place of nothing that a person has put there."""
+    data = tmp_path / "python" / "data"
+    data.mkdir(parents=True)
+    (data / "mine.parquet").write_bytes(parquet(["text"]))
+    monkeypatch.setattr(prepare, "CACHE_DIR", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare.py"])
+    with pytest.raises(prepare.ContractError, match="no shard for val and test: add it"):
+        prepare.main()
+    assert documents(data / "mine.parquet") == ["text"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Any number of processors
+
+
+def test_tokens_are_the_same_on_any_number_of_processors(climbmix, monkeypatch):
+    for number in (1, 3):
+        monkeypatch.setattr(prepare, "num_processors", lambda number=number: number)
+        climbmix.completes()
+        shutil.rmtree(climbmix.cache)
+
+
+@pytest.mark.slow
+def test_tokenizer_is_the_same_on_any_number_of_processors(corpus, tmp_path):
+    """Many pairs of tokens are equally frequent here, and the order of counting is not fixed."""
+    (tmp_path / "texts.json").write_text(json.dumps(corpus["train"][:2000]))
+    code = f"""if True:
+        import json, prepare, rustbpe
+        trainer = rustbpe.Tokenizer()
+        texts = json.load(open({str(tmp_path / "texts.json")!r}))
+        trainer.train_from_iterator(iter(texts), 2000, pattern=prepare.SPLIT_PATTERN)
+        print(hash(tuple(bytes(token) for token, _ in trainer.get_mergeable_ranks())))
+    """
+    found = {
+        python(code, RAYON_NUM_THREADS=number, PYTHONHASHSEED="0").stdout
+        for number in ("1", "2", "5", "5")
+    }
+    assert len(found) == 1 and found != {""}
 
 
 @pytest.mark.slow
@@ -609,7 +958,8 @@ def test_one_document_of_10_mb(tokenizer, cache, tmp_path, monkeypatch, kind):
         short = "short" if stem != "shard_00000" else text
         (folder / f"{stem}.parquet").write_bytes(parquet([short]))
     monkeypatch.setattr(prepare, "CACHE_DIR", tmp_path)
-    prepare.tokenize(tokenizer)
+    sources = sorted(folder.iterdir())
+    prepare.tokenize(tokenizer, sources, prepare.Downloads([]))
     [document] = prepare.read_tokens(tmp_path / "python/tokens/shard_00000.arrow", tokenizer)
     assert document[0] == tokenizer.bos_token_id
     assert tokenizer.token_bytes[document.astype(np.int64)].sum() == len(text)

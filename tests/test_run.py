@@ -7,7 +7,6 @@ torch already. They are provoked from outside, through prepare and torch, never 
 
 import ast
 import json
-import multiprocessing
 import os
 import re
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import PATIENCE_SECONDS, PRELOAD, make_cache
+from conftest import FORKSERVER, PATIENCE_SECONDS, make_cache
 
 pytestmark = pytest.mark.slow  # nearly every test is a run or several
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,8 +41,6 @@ SMALL = {  # for runs that test no learning; a constant that is not there any mo
     "TOTAL_BATCH_SIZE": "2**10",
 }
 CONTEXT = 512  # of these runs; a step is two batches
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(PRELOAD)
 
 # ------------------------------------------------------------------------------------------------
 # Running train.py; a script is what a process executes, the scenario standing before the run

@@ -360,6 +360,15 @@ def peak_of_tokenizing(texts, copies):
         return result(prepare_alone, Path(cache))
 
 
+def tokenize_anew(tokenizer, paths):
+    """Tokenize shards into a cache that is thrown away."""
+    with tempfile.TemporaryDirectory() as cache:
+        prepare.CACHE_DIR = Path(cache)
+        prepare.folder("data").mkdir(parents=True)
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+            prepare.tokenize(tokenizer, paths, prepare.Downloads([]))
+
+
 def measure_prepare():
     tokenizer = prepare.Tokenizer.from_directory()
     with tempfile.TemporaryDirectory() as cache:
@@ -367,26 +376,32 @@ def measure_prepare():
         peak = result(prepare_alone, Path(cache))
         took = time.monotonic() - begin
     paths = [path for s in ("train", "val", "test") for path in prepare.shard_paths("data", s)]
-    texts = [text for path in paths for batch in prepare.read_texts(path) for text in batch]
-    times, data, home = [], prepare.folder("data"), prepare.CACHE_DIR
+    texts = []
+    for path in paths:
+        for group in range(pq.ParquetFile(path).num_row_groups):
+            texts += itertools.chain.from_iterable(prepare.read_texts(path, group))
+    alone = []
+    one_core = []
+    serial = []
+    home = prepare.CACHE_DIR
+    num_processors = prepare.num_processors
     for _ in range(ROUNDS):
-        with tempfile.TemporaryDirectory() as cache:
-            prepare.CACHE_DIR = Path(cache)
-            prepare.folder("data").parent.mkdir()
-            prepare.folder("data").symlink_to(data.resolve())
-            with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-                ours = seconds(prepare.tokenize, tokenizer)
-        times.append((ours, seconds(tokenizer.encode_batch, texts)))
+        begin = time.process_time()
+        ours = seconds(tokenize_anew, tokenizer, paths)
+        serial.append((time.process_time() - begin) / ours)
+        prepare.num_processors = lambda: 1
+        one_core.append((seconds(tokenize_anew, tokenizer, paths), ours))
+        prepare.num_processors = num_processors
+        alone.append((ours, seconds(tokenizer.encode_batch, texts)))
     prepare.CACHE_DIR = home
     some = texts[: len(texts) // 4]
     sizes = [copies * sum(map(len, some)) / 1e6 for copies in (2, 16)]
     peaks = [peak_of_tokenizing(some, copies) for copies in (2, 16)]
     return [
         ("prepare.py, python corpus, s; peak memory, MiB", f"{took:.1f}; {peak:,.0f}"),
-        (
-            "tokenising shard to shard / tiktoken alone, seconds",
-            ratio(times),
-        ),
+        ("tokenising shard to shard / tiktoken's own threads, seconds", ratio(alone)),
+        (f"one process / {num_processors()} processes, seconds", ratio(one_core)),
+        ("share of a core that the process that writes takes", median(serial, ".3f")),
         (f"peak MiB, tokenising {pair(sizes, '.0f')} M characters", pair(peaks, ",.0f")),
     ]
 
