@@ -9,6 +9,7 @@ import ast
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -133,6 +134,8 @@ def forked(script, cwd, variables, out, err):
     """Execute a script; runs in the forked process."""
     os.chdir(cwd)
     os.environ.update(variables)
+    # prepare.py blocks Ctrl-C for the processes that it begins, the server that forks among them
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     sys.modules.pop("prepare", None)  # another file's tests may share the server that forks
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
