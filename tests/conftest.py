@@ -171,7 +171,9 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.server.block_on_close = False
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        # How often it looks whether to end: close() waits for that, half a second by default
+        serve = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
+        serve.start()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def linked(self, name):

@@ -1540,9 +1540,14 @@ SHRINK = {
     "prepare.py": (
         (r"^TIME_BUDGET = .*", "TIME_BUDGET = 2"),
         (r"^EVAL_TOKENS = .*", "EVAL_TOKENS = 2 * MAX_SEQ_LEN"),
+        (r"^PROBE_ROWS = .*", "PROBE_ROWS = 2"),
         (r"^(MAX_LACKED.* = )0\.1", r"\g<1>1.1"),  # other tests run beside this one
     ),
-    "train.py": ((r"^DEPTH = .*", "DEPTH = 1"),),
+    "train.py": (
+        (r"^DEPTH = .*", "DEPTH = 1"),
+        (r"^( +TOTAL_BATCH_SIZE) = .*", r"\g<1> = 2**11"),  # without CUDA: one row
+        (r"^( +DEVICE_BATCH_SIZE) = .*", r"\g<1> = 1"),
+    ),
 }
 
 

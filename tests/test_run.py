@@ -9,6 +9,7 @@ import ast
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,12 +17,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import FORKSERVER, PATIENCE_SECONDS
+from conftest import FORKSERVER, PATIENCE_SECONDS, make_cache
 
 pytestmark = pytest.mark.slow  # nearly every test is a run or several
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_SECONDS = 3
-WHOLE_RUN_SECONDS = 15  # of the one run as it stands: three steps on slow processors, too
+WHOLE_RUN_SECONDS = 10  # of the one run as it stands: three steps on slow processors, too
 SUMMARY = {  # fixed interface: ratchet.py reads it
     "val_bpb": r"\d+\.\d{6}",
     "training_seconds": r"\d+\.\d",
@@ -38,8 +39,9 @@ SMALL = {  # for runs that test no learning; a constant that is not there any mo
     "ASPECT_RATIO": "32",
     "HEAD_DIM": "32",
     "DEVICE_BATCH_SIZE": "1",
-    "TOTAL_BATCH_SIZE": "2**12",
+    "TOTAL_BATCH_SIZE": "2**10",
 }
+CONTEXT = 512  # of these runs; a step is two batches
 
 # ------------------------------------------------------------------------------------------------
 # Running train.py; a script is what a process executes, the scenario standing before the run
@@ -58,8 +60,9 @@ time.monotonic = lambda: started + time.thread_time()
 prepare.TIME_BUDGET = {WHOLE_RUN_SECONDS}
 """
 
-LITTLE_WORK = """
-prepare.EVAL_TOKENS, prepare.PROBE_ROWS = 2**12, 4
+LITTLE_WORK = f"""
+prepare.MAX_SEQ_LEN = {CONTEXT}
+prepare.EVAL_TOKENS, prepare.PROBE_ROWS = 8 * {CONTEXT}, 4
 torch.set_num_threads(1)
 """
 
@@ -111,6 +114,12 @@ def small(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def small_cache(corpus, tmp_path_factory):
+    """A cache folder for runs of the small context."""
+    return make_cache(tmp_path_factory.mktemp("small") / "cache", corpus, MAX_SEQ_LEN=CONTEXT)
+
+
 def environment(cache, **more):
     kept = {key: value for key, value in os.environ.items() if not key.startswith("AUTORESEARCH_")}
     return {
@@ -125,6 +134,8 @@ def forked(script, cwd, variables, out, err):
     """Execute a script; runs in the forked process."""
     os.chdir(cwd)
     os.environ.update(variables)
+    # prepare.py blocks Ctrl-C for the processes that it begins, the server that forks among them
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     sys.modules.pop("prepare", None)  # another file's tests may share the server that forks
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
@@ -151,11 +162,11 @@ class Run:
 
 
 @pytest.fixture
-def fork(small, prepared_cache, tmp_path):
+def fork(small, small_cache, tmp_path):
     """Return a function that runs the small train.py after a scenario to its end."""
 
     def run(scenario="", **more):
-        return Run(small, prepared_cache, tmp_path, scenario, **more).wait()
+        return Run(small, small_cache, tmp_path, scenario, **more).wait()
 
     return run
 
@@ -274,7 +285,7 @@ def on_batch(split, number, batch):
 
 
 @pytest.fixture(scope="module")
-def seeds(small, prepared_cache, tmp_path_factory):
+def seeds(small, small_cache, tmp_path_factory):
     """Runs on a clock that counts batches: seed 42 twice, 43, and 43 on the test split."""
     runs = {}
     for name, variables in {
@@ -285,7 +296,7 @@ def seeds(small, prepared_cache, tmp_path_factory):
     }.items():
         folder = tmp_path_factory.mktemp("seed")
         scenario = FAKE_CLOCK + FINGERPRINT
-        runs[name] = Run(small, prepared_cache, folder, scenario, **variables)
+        runs[name] = Run(small, small_cache, folder, scenario, **variables)
     return {name: run.wait() for name, run in runs.items()}
 
 
@@ -494,11 +505,11 @@ def scarce_memory(most_rows, kind="cuda"):
 
 
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
-def test_out_of_memory_halves_the_batch_and_says_so(small, prepared_cache, tmp_path, kind):
+def test_out_of_memory_halves_the_batch_and_says_so(small, small_cache, tmp_path, kind):
     path = tmp_path / "train.py"
     path.write_text(small.read_text().replace("DEVICE_BATCH_SIZE = 1\n", "DEVICE_BATCH_SIZE = 2\n"))
     scenario = FAKE_CLOCK + scarce_memory(1, kind)
-    run = Run(path, prepared_cache, tmp_path, scenario).wait()
+    run = Run(path, small_cache, tmp_path, scenario).wait()
     assert run.status == 0, run.err
     summary_of(run.out)
     messages = [line for line in run.out.splitlines() if "out of memory" in line.lower()]
@@ -543,12 +554,12 @@ def test_not_prepared_says_what_to_run(fork, small, tmp_path):
     assert_no_summary(run.out)
 
 
-def test_no_compiler_falls_back_to_eager(small, prepared_cache, tmp_path):
+def test_no_compiler_falls_back_to_eager(small, small_cache, tmp_path):
     variables = {"PATH": "", "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", BEGIN + LITTLE_WORK + run_script(small)],
         cwd=tmp_path,
-        env=environment(prepared_cache, **variables),
+        env=environment(small_cache, **variables),
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,
@@ -617,13 +628,13 @@ def test_nothing_is_written_to_the_working_folder(fork, tmp_path):
     assert not list((tmp_path / "work").iterdir())
 
 
-def test_closed_stdout_ends_the_run(small, prepared_cache, tmp_path):
+def test_closed_stdout_ends_the_run(small, small_cache, tmp_path):
     """As `uv run train.py | head -1` does."""
     with (tmp_path / "err").open("w") as err:
         process = subprocess.Popen(
             [sys.executable, "-c", BEGIN + LITTLE_WORK + EAGER + run_script(small)],
             cwd=tmp_path,
-            env=environment(prepared_cache),
+            env=environment(small_cache),
             stdout=subprocess.PIPE,
             stderr=err,
         )
@@ -634,9 +645,9 @@ def test_closed_stdout_ends_the_run(small, prepared_cache, tmp_path):
     assert len((tmp_path / "err").read_text().splitlines()) < 40
 
 
-def test_two_runs_on_one_device_both_end_well(small, prepared_cache, tmp_path_factory):
+def test_two_runs_on_one_device_both_end_well(small, small_cache, tmp_path_factory):
     """On the real clock, with many steps a second: the reports are throttled."""
-    runs = [Run(small, prepared_cache, tmp_path_factory.mktemp("two")) for _ in range(2)]
+    runs = [Run(small, small_cache, tmp_path_factory.mktemp("two")) for _ in range(2)]
     for run in [run.wait() for run in runs]:
         assert run.status == 0, run.err
         assert float(summary_of(run.out)["training_seconds"]) >= BUDGET_SECONDS

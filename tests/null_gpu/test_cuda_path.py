@@ -174,6 +174,7 @@ def test_small_card_is_filled_at_the_first_try(run, gigabytes):
     assert seen.summary["peak_vram_mb"] * 2**20 > 0.3 * gigabytes * 1e9
 
 
+@pytest.mark.slow
 def test_card_on_which_all_rows_fit_has_them(run):
     seen = run({"GB": 24}, compiler="eager")
     assert chosen_rows(seen) == SMALL["DEVICE_BATCH_SIZE"]
@@ -190,6 +191,7 @@ def test_small_card_halves_when_it_must(run):
     assert seen.used[1] < 2**20, "the memory of the first try is free again"
 
 
+@pytest.mark.slow
 def test_model_that_is_too_large_ends_in_one_line(run):
     seen = run({"GB": 0.4}, train={}, compiler="eager")
     assert "a single row: make the model smaller" in seen.exit
