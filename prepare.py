@@ -232,6 +232,7 @@ class Downloads:
     def __init__(self, paths):
         self.left = dict.fromkeys(paths, SHARD_BYTES)  # bytes to come, estimated
         self.num_left = SHARD_BYTES * len(paths)  # their sum
+        self.num_missing = len(paths)  # shards
         self.progress = Progress("download", "MB")
         self.pause_end = 0.0  # time.monotonic() before which no request begins
         self.is_stopped = threading.Event()
@@ -351,7 +352,9 @@ class Downloads:
         pq.read_metadata(part)  # raises a ValueError of its own if this is no parquet
         part.replace(path)
         self.set_left(path, 0)
-        self.progress.update(0, final=self.num_left == 0)
+        with self.lock:
+            self.num_missing -= 1
+            self.progress.update(0, self.num_left, final=self.num_missing == 0)
 
     def set_left(self, path, num_bytes):
         """Note how much of a shard is still to come."""

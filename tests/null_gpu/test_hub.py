@@ -19,7 +19,10 @@ import pytest
 import torch
 
 REASON = null_gpu.why_not()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no null GPU: {REASON}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(REASON is not None, reason=f"no null GPU: {REASON}"),
+]
 
 FETCH_SLOWLY = """
 import prepare
