@@ -156,7 +156,7 @@ class Progress:
     """
 
     going: ClassVar = {}  # {label: line} of the stages on the terminal's line
-    lock = threading.Lock()  # of what is on the screen
+    lock = threading.RLock()  # of what is on the screen
 
     def __init__(self, label, unit):
         self.label = label
@@ -204,12 +204,20 @@ class Progress:
         width = shutil.get_terminal_size().columns - 1
         print(f"\r{text[:width]:<{width}}\r", end="", flush=True)
 
+    @classmethod
+    def clear(cls):
+        """Take the line of stages that will not end off the terminal."""
+        if cls.going:
+            cls.going.clear()
+            say("")
+
 
 def say(line):
     """Print a line; on a terminal over what stages have written there."""
-    if sys.stdout.isatty():
-        line = f"{line:<{shutil.get_terminal_size().columns - 1}}"
-    print(line, flush=True)
+    with Progress.lock:
+        if sys.stdout.isatty():
+            line = f"{line:<{shutil.get_terminal_size().columns - 1}}"
+        print(line, flush=True)
 
 
 # --- Corpora --------------------------------------------------------------------------------------
@@ -224,7 +232,7 @@ def retry_after(response):
 
 
 class Downloads:
-    """Shards of climbmix on their way, NUM_DOWNLOADS at once, those that come first in paths first.
+    """Shards of climbmix on their way, NUM_DOWNLOADS at once, in the order of paths.
 
     A failure of one stops all; what they have got by then stays, and the next run goes on there.
     """
@@ -238,7 +246,12 @@ class Downloads:
         self.is_stopped = threading.Event()
         self.lock = threading.Lock()
         self.pool = ThreadPoolExecutor(NUM_DOWNLOADS)
-        self.futures = {path: self.pool.submit(self.download, path) for path in paths}
+        self.futures = {}
+
+    def begin(self):
+        """Begin to download; whoever calls this also calls stop()."""
+        for path in self.left:
+            self.futures[path] = self.pool.submit(self.download, path)
 
     def wait_for(self, path):
         """Return when a shard is there; raise ContractError if it or another cannot be had."""
@@ -339,7 +352,7 @@ class Downloads:
             with part.open(mode) as file:
                 for chunk in response.iter_content(2**14):
                     file.write(chunk)
-                    self.set_left(path, self.left[path] - len(chunk))
+                    self.set_left(path, max(self.left[path] - len(chunk), 0))
                     self.progress.update(len(chunk), self.num_left)
                     if self.is_stopped.is_set():
                         return
@@ -349,7 +362,10 @@ class Downloads:
             etag = answer.headers.get("X-Linked-Etag", "").strip('"')
             if len(etag) == 64 and etag != sha256:
                 raise ValueError("sha256 differs from the one announced")
-        pq.read_metadata(part)  # raises a ValueError of its own if this is no parquet
+        try:
+            pq.read_metadata(part)
+        except (ValueError, OSError):
+            raise ValueError("what came is no parquet") from None
         part.replace(path)
         self.set_left(path, 0)
         with self.lock:
@@ -366,14 +382,24 @@ class Downloads:
 def climbmix_shards(num_shards):
     """Return the paths of the validation, the test and the first num_shards training shards.
 
-    -1 is all of them.
+    -1 is all of them, 0 none of any kind: the text is a person's own. Raises ContractError if that
+    is not complete, or if num_shards is None, the default, and there is text of one's own.
     """
+    data = folder("data")
+    if num_shards == 0:
+        check_own_text()
+        return []
+    if num_shards is None:
+        if any(not re.fullmatch(r"shard_\d{5}", path.stem) for path in data.glob("*.parquet")):
+            advice = "--num-shards 0 takes it alone, another number mixes it with climbmix"
+            raise ContractError(f"{data} has text of your own: {advice}")
+        num_shards = NUM_TRAIN_SHARDS
     num_existing = int(TEST_SHARD.removeprefix("shard_"))  # training shards: all before it
     if num_shards < 0 or num_shards > num_existing:
         num_shards = num_existing
     stems = [VAL_SHARD, TEST_SHARD]
     stems += [f"shard_{i:05d}" for i in range(num_shards)]
-    return [folder("data") / f"{stem}.parquet" for stem in stems]
+    return sorted(data / f"{stem}.parquet" for stem in stems)
 
 
 def python_files(roots):
@@ -418,19 +444,23 @@ def python_documents(roots):
     return splits, num_unreadable
 
 
+def check_own_text():
+    """Raise ContractError unless there are shards for each split, perhaps a person's own."""
+    missing = [s for s in ("train", "val", "test") if not is_valid(shard_paths, "data", s)]
+    if missing:
+        what = f"{folder('data')} has no parquet shard for {', '.join(missing)}"
+        raise ContractError(f"{what}: add it, as docs/data.md says, or move that folder away")
+
+
 def build_python():
     """Write the Python source of the running environment as parquet shards, unless done."""
-    missing = [s for s in ("train", "val", "test") if not is_valid(shard_paths, "data", s)]
-    if not missing:
+    if folder("data").exists() and any(folder("data").iterdir()):  # ours come all at once
+        check_own_text()
         return
-    if any(folder("data").glob("*.parquet")):  # somebody's own, as ours come all at once
-        what = f"{folder('data')} has parquet, but no shard for {' and '.join(missing)}"
-        raise ContractError(f"{what}: add it, as docs/data.md says, or move that folder away")
     roots = sorted({Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
     splits, num_unreadable = python_documents(roots)
     temporary = folder("data").with_name("data.tmp")
-    for stale in (temporary, folder("data"), folder("tokens")):
-        shutil.rmtree(stale, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     stems = {"train": "shard_00000", "val": VAL_SHARD, "test": TEST_SHARD}
     for split, texts in splits.items():
@@ -446,6 +476,8 @@ def open_shard(path):
     """Return a parquet file with UTF-8 text in a column `text`, else raise ContractError."""
     try:
         file = pq.ParquetFile(path)
+    except PermissionError as error:
+        raise bad_shard(path, error.strerror) from None
     except (ValueError, OSError, pa.ArrowException):
         raise bad_shard(path, "it is no parquet file") from None
     names = file.schema_arrow.names
@@ -479,6 +511,8 @@ def read_texts(path, group):
                 texts = [text for text in texts.to_pylist() if text]
                 if texts:
                     yield texts
+        except MemoryError:
+            raise bad_shard(path, "its row groups are too large for this memory") from None
         except (ValueError, OSError, pa.ArrowException):
             raise bad_shard(path, "it is damaged, or its text is not UTF-8") from None
 
@@ -513,13 +547,13 @@ def training_texts(paths, downloads):
     progress = Progress("tokenizer", "M characters")
     for path, group, share in row_groups(paths, downloads):
         for texts in read_texts(path, group):
+            if progress.done >= TRAIN_CHARS:
+                break
             beginnings = [text[:TRAIN_DOCUMENT_CHARS] for text in texts]
             yield from beginnings
             num_chars = sum(map(len, beginnings))
             so_far = progress.done + num_chars
             progress.update(num_chars, max(min(so_far / share, TRAIN_CHARS) - so_far, 0))
-            if progress.done >= TRAIN_CHARS:
-                break
         if progress.done >= TRAIN_CHARS:
             break
     progress.update(0, final=True)
@@ -578,11 +612,14 @@ def read_first_document(path, tokenizer):
 
 
 def is_tokenized(source, tokenizer):
-    """Return whether a shard has its tokens by this tokenizer, and has not changed since."""
+    """Return whether a shard has its tokens by this tokenizer, and has not changed since.
+
+    Tokens have the time of the file that they were made from.
+    """
     path = token_path(source)
     if not (source.exists() and is_valid(read_first_document, path, tokenizer)):
         return False
-    return path.stat().st_mtime_ns >= source.stat().st_mtime_ns
+    return path.stat().st_mtime_ns == source.stat().st_mtime_ns
 
 
 def token_path(source):
@@ -599,13 +636,18 @@ def encode_document(tokenizer, text):
     return np.concatenate(parts).astype(np.uint16)
 
 
-worker_tokenizer = None  # in a process that encodes
+worker_tokenizer = None  # these two: in a process that encodes
+worker_is_ending = None
 
 
-def begin_worker(tokenizer):
-    """Make this a process that encodes: it leaves Ctrl-C to its parent, and ends when that does."""
-    global worker_tokenizer
+def begin_worker(tokenizer, is_ending):
+    """Make this a process that encodes: it leaves Ctrl-C to its parent, and ends when that does.
+
+    is_ending: an event of multiprocessing, after which nothing more is encoded.
+    """
+    global worker_tokenizer, worker_is_ending
     worker_tokenizer = tokenizer
+    worker_is_ending = is_ending
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -620,6 +662,8 @@ def encode_group(path, group):
     """Return [(tokens, offsets)] for each thousand documents of a row group, uint16 and int32."""
     encoded = []
     for texts in read_texts(path, group):
+        if worker_is_ending.is_set():
+            break
         documents = [encode_document(worker_tokenizer, text) for text in texts]
         offsets = np.cumsum([0, *map(len, documents)], dtype=np.int32)
         encoded.append((np.concatenate(documents), offsets))
@@ -651,17 +695,15 @@ def encoding_processes(tokenizer):
     Processes, as threads would be in each other's way.
     """
     context = multiprocessing.get_context("forkserver")  # a fork is not safe beside threads
-    context.set_forkserver_preload(["prepare"])  # imports torch once, not in every process
-    pool = ProcessPoolExecutor(num_processors(), context, begin_worker, (tokenizer,))
+    context.set_forkserver_preload(["pyarrow.parquet", "torch"])  # once, not in every process
+    is_ending = context.Event()
+    pool = ProcessPoolExecutor(num_processors(), context, begin_worker, (tokenizer, is_ending))
     try:
         with interrupts_held_back():
             wait([pool.submit(os.getpid) for _ in range(num_processors())])
         yield pool
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()  # a row group may be large
-        raise
     finally:
+        is_ending.set()  # killing them while they send a result would leave the pool waiting
         pool.shutdown(cancel_futures=True)
 
 
@@ -687,10 +729,12 @@ def num_processors():
 
 def tokenize(tokenizer, paths, downloads):
     """Write each shard's documents as BOS + tokens, a record batch for a thousand, unless done."""
+    folder("tokens").mkdir(exist_ok=True)
+    for stale in set(folder("tokens").iterdir()) - set(map(token_path, paths)):
+        stale.unlink()  # of text that has gone or has another name, and would be trained on
     paths = [path for path in paths if not is_tokenized(path, tokenizer)]
     if not paths:
         return
-    folder("tokens").mkdir(exist_ok=True)
     schema = pa.schema({"tokens": pa.list_(pa.uint16())}, metadata={"tokenizer": tokenizer.sha256})
     progress = Progress("tokens", "M")
     with encoding_processes(tokenizer) as pool:
@@ -705,6 +749,8 @@ def tokenize(tokenizer, paths, downloads):
                     num_tokens = sum(len(tokens) for tokens, _ in batches)
                     so_far = progress.done + num_tokens
                     progress.update(num_tokens, so_far / share - so_far)
+            source = path.stat()
+            os.utime(temporary, ns=(source.st_atime_ns, source.st_mtime_ns))
             temporary.replace(token_path(path))
     progress.update(0, final=True)
 
@@ -1262,21 +1308,24 @@ def prepare_shards(wanted):
         print(f"{len(missing)} shards of about 100 MB to download from {HF_ENDPOINT}", flush=True)
     paths = sorted({*wanted, *folder("data").glob("*.parquet")})
     training_paths = [path for path in paths if split_of(path) == "train"]
-    if not training_paths:
-        shard_paths("data", "train")  # raises the ContractError that says so
     downloads = Downloads(missing)
     try:
+        downloads.begin()
         train_tokenizer(training_paths, downloads)
         tokenizer = Tokenizer.from_directory()
         tokenize(tokenizer, paths, downloads)
     finally:
         downloads.stop()
+        Progress.clear()
     check_held_out_text(tokenizer)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Prepare data (of climbmix: N shards, -1: all).")
-    parser.add_argument("--num-shards", type=int, default=NUM_TRAIN_SHARDS, metavar="N")
+    parser = argparse.ArgumentParser(description="Prepare data, tokenizer and tokens.")
+    text = (
+        f"training shards of climbmix: {NUM_TRAIN_SHARDS} by default, -1: all, 0: text of your own"
+    )
+    parser.add_argument("--num-shards", type=int, metavar="N", help=text)
     num_shards = parser.parse_args().num_shards
     check_device()
     start = time.monotonic()

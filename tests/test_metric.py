@@ -19,7 +19,7 @@ T, NUM_ROWS, V = 64, 40, 320  # short rows and a small vocabulary, to look at ev
 def small_cache(corpus, tmp_path_factory):
     texts = {split: documents[:1000] for split, documents in corpus.items()}
     folder = tmp_path_factory.mktemp("small")
-    return make_cache(folder, texts, VOCAB_SIZE=V, MAX_SEQ_LEN=T)
+    return make_cache(folder, texts, VOCAB_SIZE=V, MAX_SEQ_LEN=T, EVAL_TOKENS=T * NUM_ROWS)
 
 
 @pytest.fixture(autouse=True)

@@ -437,7 +437,7 @@ def test_part_of_another_file(climbmix):
 
 
 def test_number_of_shards(climbmix):
-    climbmix.fails("^no train shard in .*run `uv run prepare.py`", "--num-shards", "0")
+    climbmix.fails("has no parquet shard for train, val, test", "--num-shards", "0")
     climbmix.fails("shard_00003.parquet.*404", "--num-shards", "9999999")
     (climbmix.cache / "data" / "shard_00002.parquet").unlink(missing_ok=True)
     climbmix.completes()
@@ -899,6 +899,36 @@ def test_text_that_changed_is_tokenized_again(climbmix, shards, tmp_path):
     assert path.read_bytes() != before
 
 
+def test_text_that_is_older_or_gone_is_noticed(climbmix, shards, tmp_path):
+    """The old tokens are of text that is no longer there, or is held out under its new name."""
+    climbmix.completes()
+    source = climbmix.cache / "data" / NAME
+    tokens = climbmix.cache / "tokens" / NAME.replace("parquet", "arrow")
+    before = tokens.read_bytes()
+    source.write_bytes(shards["shard_00002.parquet"])
+    os.utime(source, (1, 1))
+    run(tmp_path, climbmix.url)
+    assert tokens.read_bytes() != before
+    source.rename(climbmix.cache / "data" / f"{prepare.VAL_SHARD}.parquet")
+    run(tmp_path, climbmix.url, "--num-shards", "1")
+    assert not tokens.exists()
+
+
+def test_ones_own_text_is_not_mixed_with_climbmix_unasked(climbmix, corpus, tmp_path, monkeypatch):
+    data = climbmix.cache / "data"
+    data.mkdir(parents=True)
+    (data / "mine.parquet").write_bytes(parquet(corpus["train"][:300]))
+    monkeypatch.setattr(sys, "argv", ["prepare.py"])
+    monkeypatch.setattr(prepare, "CACHE_DIR", tmp_path)
+    monkeypatch.setattr(prepare, "CORPUS", "climbmix")
+    monkeypatch.setattr(prepare, "HF_ENDPOINT", climbmix.url)
+    with pytest.raises(prepare.ContractError, match="your own: --num-shards 0 takes it alone"):
+        prepare.main()
+    with pytest.raises(prepare.ContractError, match="no parquet shard for val, test"):
+        run(tmp_path, climbmix.url, "--num-shards", "0")
+    assert not climbmix.log
+
+
 @pytest.mark.parametrize("stem", [prepare.VAL_SHARD, prepare.TEST_SHARD])
 def test_too_little_held_out_text_is_said_before_training(climbmix, corpus, tmp_path, stem):
     climbmix.files[f"{stem}.parquet"] = parquet(corpus["train"][:3])
@@ -914,9 +944,14 @@ def test_half_a_corpus_of_ones_own_is_not_touched(tmp_path, monkeypatch):
     (data / "mine.parquet").write_bytes(parquet(["text"]))
     monkeypatch.setattr(prepare, "CACHE_DIR", tmp_path)
     monkeypatch.setattr(sys, "argv", ["prepare.py"])
-    with pytest.raises(prepare.ContractError, match="no shard for val and test: add it"):
+    (data / "mine.txt").write_text("text")
+    with pytest.raises(prepare.ContractError, match="no parquet shard for val, test: add it"):
         prepare.main()
     assert documents(data / "mine.parquet") == ["text"]
+    (data / "mine.parquet").unlink()
+    with pytest.raises(prepare.ContractError, match="no parquet shard for train, val, test"):
+        prepare.main()
+    assert (data / "mine.txt").read_text() == "text"
 
 
 # ------------------------------------------------------------------------------------------------
