@@ -158,7 +158,7 @@ def silence():
 def start(target, *args):
     """Start a process that runs target(pipe, *args); return it and our end of the pipe."""
     ours, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=target, args=(theirs, *args), daemon=True)
+    process = SPAWN.Process(target=target, args=(theirs, *args))
     process.start()
     theirs.close()
     return process, ours
