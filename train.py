@@ -39,6 +39,7 @@ SHORT_WINDOW = 1 / 2  # share of the context that a short window covers
 SOFTCAP = 15  # logits stay between -SOFTCAP and SOFTCAP; under 80, see head_loss
 LOSS_SLICE = 2**14  # tokens whose logits are in memory at once
 ROPE_BASE = 10_000  # of the rotary embedding; larger for long contexts
+SHIFT_KEYS = False  # whether half of every key is that of the token before, see shift_keys
 
 TOTAL_BATCH_SIZE = 2**19  # tokens an optimizer step, in whole rows
 DEVICE_BATCH_SIZE = 128  # rows a forward pass, at most; fewer are taken where memory is short
@@ -57,12 +58,13 @@ FINAL_LR_FRAC = 0.0  # what is left of the rates at the end
 ON_CUDA = torch.cuda.is_available()
 
 if not ON_CUDA:  # a CPU or Apple silicon: what differs from the above, tuned on 2 CPU cores
-    DEPTH = 4
-    ASPECT_RATIO = 48
+    DEPTH = 2
+    ASPECT_RATIO = 96
     HEAD_DIM = 192  # the whole model_dim: one head
     WINDOW_PATTERN = "SL"
     SHORT_WINDOW = 1 / 16
     LOSS_SLICE = 512
+    SHIFT_KEYS = True
     TOTAL_BATCH_SIZE = 2**13
     DEVICE_BATCH_SIZE = 4
     EMBEDDING_LR = 0.2
@@ -223,6 +225,17 @@ def apply_rotary(x, rotary):
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
 
 
+def shift_keys(k):
+    """Return keys (B, T, H, D) whose second half of the channels is that of the token before.
+
+    A query can then find a token by what stood before it, in one layer, and copy it: the smeared
+    keys of Olsson et al., "In-context Learning and Induction Heads", arXiv 2209.11895.
+    """
+    own, shifted = k.chunk(2, dim=-1)
+    shifted = F.pad(shifted[:, :-1], (0, 0, 0, 0, 1, 0))  # the first token has none before it
+    return torch.cat([own, shifted], dim=-1)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with RoPE, QK-norm and, where asked for, gated value embeddings.
 
@@ -250,6 +263,8 @@ class Attention(nn.Module):
         if value_embed is not None:
             gate = 2 * torch.sigmoid(self.gate(x[..., :32]))  # (B, T, H_kv)
             v = v + gate[..., None] * value_embed.view(v.shape)
+        if SHIFT_KEYS:
+            k = shift_keys(k)
         # A rotation changes no length: norm first is the same function, and keeps less in memory
         q = apply_rotary(norm(q), rotary)
         k = apply_rotary(norm(k), rotary)

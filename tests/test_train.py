@@ -69,6 +69,7 @@ def test_cuda_constants_are_the_published_baseline(monkeypatch):
         "HEAD_DIM": 128,
         "WINDOW_PATTERN": "SSSL",
         "SHORT_WINDOW": 1 / 2,
+        "SHIFT_KEYS": False,
         "TOTAL_BATCH_SIZE": 2**19,
         "DEVICE_BATCH_SIZE": 128,
         "EMBEDDING_LR": 0.6,
@@ -101,6 +102,7 @@ OTHER_VALUES = {  # of every knob, different from what SMALL, test_edits.TINY or
     "SOFTCAP": 7,
     "LOSS_SLICE": 16,
     "ROPE_BASE": 500,
+    "SHIFT_KEYS": not train.SHIFT_KEYS,
     "TOTAL_BATCH_SIZE": 6 * test_edits.SEQ_LEN,
     "DEVICE_BATCH_SIZE": 1,
     "EMBEDDING_LR": 0.1,
@@ -305,7 +307,7 @@ def test_rotary_scores_depend_on_distance_alone():
     assert (scores.diagonal(0)[0] - scores.diagonal(17)[0]).abs() > 0.1
 
 
-def reference_logits(model, idx, n_head, n_kv_head, windows):
+def reference_logits(model, idx, n_head, n_kv_head, windows, shifts_keys):
     """The forward pass of the design, plainly, in float64, from the model's parameters alone."""
     w = {name: p.detach().double() for name, p in model.named_parameters()}
     depth, T = len(windows), idx.shape[1]
@@ -332,6 +334,9 @@ def reference_logits(model, idx, n_head, n_kv_head, windows):
             gate = 2 / (1 + (-(h[..., :32] @ w[f"{p}attn.gate.weight"].T)).exp())
             embed = w[f"value_embeds.{i}.weight"][idx].view(*idx.shape, n_kv_head, D)
             v = v + gate[..., None] * embed
+        if shifts_keys:
+            for t in reversed(range(T)):
+                k[:, t, :, D // 2 :] = k[:, t - 1, :, D // 2 :] if t else 0
         y = loop_attention(norm(rotate(q)), norm(rotate(k)), v, window)
         x = x + y.reshape(*idx.shape, model_dim) @ w[f"{p}attn.c_proj.weight"].T
         hidden = (norm(x) @ w[f"{p}mlp.c_fc.weight"].T).clamp_min(0).square()
@@ -339,13 +344,15 @@ def reference_logits(model, idx, n_head, n_kv_head, windows):
     return 15 * torch.tanh(norm(x) @ w["lm_head.weight"].T / 15)
 
 
+@pytest.mark.parametrize("shifts_keys", [False, True])
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-def test_model_equals_a_plain_float64_forward(n_kv_head, monkeypatch):
+def test_model_equals_a_plain_float64_forward(n_kv_head, shifts_keys, monkeypatch):
+    monkeypatch.setattr(train, "SHIFT_KEYS", shifts_keys)
     monkeypatch.setattr(train, "WINDOW_PATTERN", "SL")
     monkeypatch.setattr(train, "SHORT_WINDOW", 1 / 2)
     model = shake(build(64, 4, n_kv_head, depth=3))
     idx = tokens(2, 24)
-    expected = reference_logits(model, idx, 4, n_kv_head, [12, 24, 24])
+    expected = reference_logits(model, idx, 4, n_kv_head, [12, 24, 24], shifts_keys)
     assert expected.std() > 0.5
     torch.testing.assert_close(model(idx).double(), expected, rtol=0, atol=2e-4)
 

@@ -47,6 +47,7 @@ PUBLISHED = {
     "HEAD_DIM": 128,
     "WINDOW_PATTERN": "L",
     "ROPE_BASE": 10_000,
+    "SHIFT_KEYS": False,
     "TOTAL_BATCH_SIZE": 2**14,
     "DEVICE_BATCH_SIZE": 16,  # on the machine of the README faster than 64 rows in one pass
     "EMBEDDING_LR": 0.6,
