@@ -1251,16 +1251,23 @@ def idea_on_head(night, commit):
     parent = git("rev-parse", f"{commit}^")
     if parent == night.head:
         return commit
+    tree = tree_with(night.head, parent, commit)
+    if tree is None:
+        return None
+    return git("commit-tree", "--no-gpg-sign", "-p", night.head, "-m", subject(commit), tree)
+
+
+def tree_with(head, old, new):
+    """Return head's tree with the change of train.py from old to new; None in a conflict."""
     # diff-tree: the person's settings of `git diff` (colours, prefixes) change nothing in it
-    patch = git_bytes("diff-tree", "-p", "--full-index", "--binary", parent, commit, "--", CANVAS)
+    patch = git_bytes("diff-tree", "-p", "--full-index", "--binary", old, new, "--", CANVAS)
     with tempfile.TemporaryDirectory() as folder:  # an index of its own: the work tree rests
         env = os.environ | {"GIT_INDEX_FILE": str(Path(folder) / "index")}
-        git("read-tree", night.head, env=env)
+        git("read-tree", head, env=env)
         merge = ("apply", "--cached", "--3way", "--whitespace=nowarn")
         if git_or_none(*merge, stdin=patch, env=env) is None:
             return None
-        tree = git("write-tree", env=env)
-    return git("commit-tree", "--no-gpg-sign", "-p", night.head, "-m", subject(commit), tree)
+        return git("write-tree", env=env)
 
 
 # --- Verbs ----------------------------------------------------------------------------------------

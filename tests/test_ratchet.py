@@ -1509,6 +1509,95 @@ def test_final(agent):
     assert len(agent.calls()) == calls + 6
 
 
+# What each line that an idea adds or takes out is worth on the test shard, seed 43 a little more
+WORTH = """\
+parts = Path("train.py").read_text().count
+value = 3 - 0.5 * parts("\\nA = 1") - 0.2 * parts("\\nB = 1") + 0.1 * parts("\\nC = 1")
+VALUES = dict.fromkeys((42, 43, 44), value + 0.01 * (seed == 43) * parts("\\nA = 1"))
+if parts("\\nB = 1") and not parts("\\nA = 1"):
+    sys.exit("B needs A")
+"""
+
+
+def ablate(agent, *words):
+    """Call tools/ablate.py of the clone; return its exit status, its table, and all it said."""
+    command = [sys.executable, str(agent.folder / "tools/ablate.py"), *words]
+    done = subprocess.run(
+        command,
+        cwd=agent.folder,
+        env=agent.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+    )
+    table = [line.split("\t") for line in done.stdout.splitlines() if "\t" in line]
+    return done.returncode, table, done.stdout
+
+
+@pytest.mark.slow
+def test_every_kept_change_is_taken_out_of_the_winner_alone(fresh):
+    agent = fresh
+    on_test = "print = lambda *a, P=print, **k: P(*[str(x).replace('val_bpb', "
+    on_test += "os.environ.get('AUTORESEARCH_SPLIT', 'val') + '_bpb') for x in a], **k)"
+    apart = "\n" + 8 * "# so that git sees no conflict\n"
+    text = agent.canvas(last_words=f"{WORTH}\n{on_test}\nA = 0{apart}B = 0{apart}C = 0{apart}")
+    agent.edit(text=text)
+    (agent.folder / "tools").mkdir()
+    shutil.copy(ROOT / "tools/ablate.py", agent.folder / "tools")
+    agent.git("add", ".")
+    agent.git("commit", "-qm", "knows what its lines are worth")
+    assert agent.call("start", "nov27")[0] == "NEXT"
+    kept = []
+    for line in ("A", "B"):
+        text = text.replace(f"\n{line} = 0", f"\n{line} = 1")
+        assert agent.attempt(f"axis: {line}", text=text)[0] == "KEEP"
+        kept.append(agent.head())
+    ledger = agent.rows()
+    assert ablate(agent)[0] == 1 and "the night goes on" in ablate(agent)[2]
+    agent.call("stop", "--night")
+    calls = len(agent.calls())
+    status, table, out = ablate(agent)
+    assert status == 0, out
+    assert [row[1:] for row in table[1:]] == [
+        ["2.300000", "2.310000", "", "the winner"],
+        ["crash", "crash", "", f"without {kept[0]} axis: A"],
+        ["2.500000", "2.510000", "0.200000", f"without {kept[1]} axis: B"],
+    ]
+    assert len(agent.calls()) == calls + 6
+    seeds = [call.split()[0] for call in agent.calls()[calls:]]
+    assert seeds == ["42"] * 3 + ["43"] * 3
+    assert ablate(agent)[1] == table and len(agent.calls()) == calls + 6  # nothing runs again
+    assert agent.rows() == ledger and agent.git("status", "--porcelain") == ""
+
+    # Made by hand, and a change that a later one builds on
+    agent.edit(text=text.replace("\nC = 0", "\nC = 1"))
+    agent.git("commit", "-qam", "C, by hand")
+    by_hand = agent.head()
+    agent.git("reset", "-q", "--hard", "HEAD~1")
+    status, table, out = ablate(agent, by_hand)
+    assert status == 0 and table[-1] == [
+        by_hand,
+        "2.400000",
+        "2.410000",
+        "0.100000",
+        f"by hand: {by_hand} C, by hand",
+    ]
+
+
+@pytest.mark.slow
+def test_a_change_that_cannot_be_taken_out_alone_is_named(agent):
+    (agent.folder / "tools").mkdir()
+    shutil.copy(ROOT / "tools/ablate.py", agent.folder / "tools")
+    kept = []
+    for value in (0.9960, 0.9930):
+        assert agent.attempt(f"width: {value}", value, value, value)[0] == "KEEP"
+        kept.append(agent.head())
+    agent.call("stop", "--night")
+    out = ablate(agent)[2]
+    assert f"cannot be taken out alone: {kept[0]} width: 0.996" in out
+
+
 # ------------------------------------------------------------------------------------------------
 # The orders
 
