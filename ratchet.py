@@ -736,10 +736,13 @@ class Night:
         branch = git_or_none("symbolic-ref", "--quiet", "--short", "HEAD")
         if branch is None:
             git("rev-parse", "--git-dir")  # if there is no repository, git says so
-            raise Refused("no branch is checked out: git switch autoresearch/TAG")
+            raise Refused(
+                f"no branch is checked out: {ME} start TAG begins or goes on with a night"
+            )
         prefix, _, self.tag = branch.partition("/")
         if prefix != "autoresearch" or not self.tag:
-            raise Refused(f"no night here, on branch {branch}: {ME} start TAG, or git switch to it")
+            said = f"no night here, on branch {branch}"
+            raise Refused(f"{said}: {ME} start TAG begins one, or goes on with one")
         self.facts = read_facts(self.tag)
         if self.facts is None:
             raise Refused(f"this night has no tag base/{branch}: {ME} start another TAG")
@@ -800,6 +803,8 @@ class Night:
         end = self.facts["until"]
         most = self.facts["experiments"]
         patience = self.facts["patience"]
+        if self.facts.get("stopped"):
+            return f"a person ended it at {show_time(self.facts['stopped'])}"
         if end and time.time() >= end:
             return f"the end was {show_time(end)}"
         if most and len(self.experiments) >= most:
@@ -950,6 +955,9 @@ def step(night, call):
     """Do what can be done now; return the Answer, or None while a run is awaited."""
     idea = settle(night, call)
     if night.baseline_left:
+        going = any(training.word == "going" for training in night.attempts(night.base))
+        if night.over() and not going:
+            return Answer("OVER", f"{night.over()}; the baseline was not finished")
         needs = [Need(night.base, seed) for seed in night.baseline_left]
         failed = start_runs(night, call, needs)
         return outcome(night, call, failed, "the baseline")
@@ -1530,6 +1538,12 @@ def verb_show(options, call):
     with one_at_a_time():
         night = Night()
         commit = full_commit(night.tag, options.commit)
+    if commit == night.base:
+        said = f"{commit[:7]} is the base"
+        runs = [row.run for row in night.rows_of(commit)]
+        if runs:
+            said += f", {METRIC} {figure(mean_value(runs))}, mean of {len(runs)}"
+        return Answer("NEXT", said)
     call.say(f"{commit[:7]} {subject(commit)}")
     diff = git("diff-tree", "-p", f"{commit}^", commit, "--", CANVAS).splitlines()[4:]
     room = max(options.lines - 12, 4)
@@ -1539,7 +1553,7 @@ def verb_show(options, call):
         call.say(f"... {len(diff) - room} more lines: {ME} show --lines N {commit[:7]}")
     for training in night.attempts(commit)[-1:]:
         show_end_of_log(call, training, lines=8)
-    if night.rows_of(commit) and commit != night.base:
+    if night.rows_of(commit):
         return verdict_on(night, commit)
     return Answer("NEXT", f"{commit[:7]} has no row; {ME} look")
 
@@ -1566,7 +1580,7 @@ def verb_stop(options, call):
     if options.night:
         with one_at_a_time():
             night = Night()
-            write_facts(night.tag, night.base, night.facts | {"until": int(time.time())})
+            write_facts(night.tag, night.base, night.facts | {"stopped": int(time.time())})
         return Answer("OVER", "the night is over; nothing was booked")
     return Answer("NEXT", f"nothing was booked: {ME} wait runs it again, {ME} drop gives it up")
 

@@ -367,6 +367,26 @@ def test_a_baseline_that_crashes_runs_again(fresh):
     assert [row[4] for row in fresh.rows()] == [f"baseline, seed {seed}" for seed in (42, 43, 44)]
 
 
+@pytest.mark.slow
+def test_a_night_that_is_over_trains_no_baseline(fresh):
+    fresh.edit(
+        0.9979, 0.9975, 0.9983, last_words=f"if seed == 43:\n    {SLOW}".replace("\nw", "\n    w")
+    )
+    fresh.git("commit", "-qam", "slow")
+    call = fresh.start_process("start", "nov21")
+    wait_for(fresh.folder / "up")
+    assert fresh.call("stop", "--night")[0] == "OVER"
+    call.communicate()
+    trained = fresh.calls()
+    for words in (["wait"], ["look"], ["start", "nov21"], ["try", "width: wider"]):
+        word, said = fresh.call(*words)
+        assert word == "OVER" and "baseline" in said, said
+    assert fresh.calls() == trained
+    fresh.write("go", "")
+    assert fresh.call("start", "nov21", "--renew")[0] == "NEXT"
+    assert len(fresh.rows()) == 3
+
+
 def test_no_experiment_before_the_baseline_is_done(fresh):
     fresh.edit(0.9979, 0.9975, 0.9983, last_words="(here / 'go').exists() or exit(1)")
     fresh.git("commit", "-qam", "needs something")
@@ -972,8 +992,9 @@ def test_a_person_stops_the_night(agent):
     wait_for(agent.folder / "up")
     assert agent.call("stop", "--night")[0] == "OVER"
     call.communicate()
-    assert agent.call("wait")[0] == "OVER"
-    assert agent.call("look")[0] == "OVER"
+    for verb in ("wait", "look"):
+        word, said = agent.call(verb)
+        assert word == "OVER" and "a person ended it" in said, said
     agent.write("go", "")
     assert agent.call("start", "nov21", "--renew")[0] == "KEEP"  # goes on where it was
 
@@ -1053,6 +1074,10 @@ def test_in_a_wrong_place_it_says_so(agent, where):
         shutil.rmtree(agent.folder / ".git")
     for words in (["look"], ["wait"], ["try", "width: x"], ["drop", "x"], ["show", "HEAD"]):
         assert one_line(agent.call(*words), "REFUSED")
+    if where in ("detached", "main"):  # the orders forbid git, so that it names none
+        assert "uv run ratchet.py start TAG" in agent.call("look")[1]
+        assert "git" not in agent.call("look")[1]
+        assert agent.call("start", "nov21")[0] == "NEXT"
 
 
 def test_without_git_it_says_so(agent, tmp_path):
@@ -1296,6 +1321,9 @@ def test_show(agent):
     agent.attempt("width: typo", text="import oss\n")
     assert "No module named" in agent.call("show", "HEAD", lines=60)[1]
     assert one_line(agent.call("show", "1234567"), "REFUSED")
+    word, out = agent.call("show", "base/autoresearch/nov21", lines=60)
+    assert word == "NEXT" and "the base, val_bpb 0.997900, mean of 3" in out
+    assert "nothing" not in agent.call("show", agent.rows()[0][0], lines=60)[1]
 
 
 @pytest.mark.slow
