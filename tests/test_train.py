@@ -334,7 +334,7 @@ def reference_logits(model, idx, n_head, n_kv_head, windows, shifts_keys):
             gate = 2 / (1 + (-(h[..., :32] @ w[f"{p}attn.gate.weight"].T)).exp())
             embed = w[f"value_embeds.{i}.weight"][idx].view(*idx.shape, n_kv_head, D)
             v = v + gate[..., None] * embed
-        if shifts_keys:
+        if shifts_keys and window == T:
             for t in reversed(range(T)):
                 k[:, t, :, D // 2 :] = k[:, t - 1, :, D // 2 :] if t else 0
         y = loop_attention(norm(rotate(q)), norm(rotate(k)), v, window)
