@@ -1020,7 +1020,11 @@ def settle(night, call):
     if idea:
         git("update-ref", idea_ref(night.tag, idea), idea)  # so that git never forgets it
     if idea and night.rows_of(idea):
+        edit = edit_on(night.kept)
         put_back(night, call)
+        if edit is not None:
+            (ROOT / CANVAS).write_bytes(edit)
+            call.say(f"the edit stands on {night.kept[:7]} now")
         idea = None
     call.about = call.about or idea
     wave = read_wave()
@@ -1050,6 +1054,21 @@ def put_back(night, call):
     set_edit_aside(night.head, call)
     git("reset", "--quiet", "--keep", f"{night.head}^")
     night.head = git("rev-parse", "HEAD")
+
+
+def edit_on(commit):
+    """Return a commit's train.py with the edit since HEAD; None without one, or in a conflict."""
+    if CANVAS not in edited_files():
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        old = Path(folder) / "old"
+        new = Path(folder) / "new"
+        old.write_bytes(git_bytes("show", f"HEAD:./{CANVAS}"))
+        new.write_bytes(git_bytes("show", f"{commit}:./{CANVAS}"))
+        try:
+            return git_bytes("merge-file", "-p", "-q", str(new), str(old), str(ROOT / CANVAS))
+        except Refused:
+            return None
 
 
 def set_edit_aside(commit, call):

@@ -785,6 +785,43 @@ def test_a_formatter_changes_no_run_and_is_named(agent):
     assert "formatted" in (agent.folder / "train.py").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["KEEP", "DISCARD"])
+def test_the_next_idea_is_prepared_during_a_run(agent, word):
+    """Its edit comes to stand on what the verdict leaves, and alone is its commit's change."""
+    begin = agent.canvas((0.9979, 0.9975, 0.9983))
+    middle = f"width = 1\n{SLOW}\n"
+    value = {"KEEP": 0.9960, "DISCARD": 0.9990}[word]
+    running = agent.canvas((value,) * 3, last_words=middle)
+    agent.write("train.py", running)
+    assert agent.call("try", "--seconds", "0", "width: wider")[0] == "RUNNING"
+    wait_for(agent.folder / "up")
+    agent.write("train.py", f"depth = 2\n{running}")
+    agent.write("go", "")
+    assert agent.call("wait")[0] == word
+    left = running if word == "KEEP" else begin
+    assert (agent.folder / "train.py").read_text() == f"depth = 2\n{left}"
+    assert agent.call("look")[0] == "NEXT"
+    assert agent.call("try", "depth: deeper")[0] in ("KEEP", "DISCARD")
+    idea = agent.rows()[-1][0]
+    assert agent.git("diff", "--shortstat", f"{idea}^", idea).endswith("1 insertion(+)")
+
+
+@pytest.mark.slow
+def test_an_edit_of_the_lines_of_a_discarded_idea_is_saved(agent):
+    begin = (agent.folder / "train.py").read_text()
+    agent.edit(0.9990, 0.9990, 0.9990, last_words=SLOW)
+    assert agent.call("try", "--seconds", "0", "width: wider")[0] == "RUNNING"
+    wait_for(agent.folder / "up")
+    prepared = agent.canvas((0.5, 0.5, 0.5), last_words=SLOW)
+    agent.write("train.py", prepared)
+    agent.write("go", "")
+    word, said = agent.call("wait")
+    assert word == "DISCARD" and "saved in runs/" in said and "stands on" not in said
+    assert (agent.folder / "train.py").read_text() == begin
+    assert next((agent.folder / "runs").glob("edited-*.py")).read_text() == prepared
+
+
 @pytest.mark.parametrize("name", ["prepare.py", "pyproject.toml", "ratchet.py"])
 @pytest.mark.parametrize("committed", [False, True])
 def test_a_changed_contract_is_refused(agent, name, committed):
