@@ -948,6 +948,9 @@ def running(night, call):
         usual = training.result["total_seconds"] or usual
     left = max(0.0, call.going[0].started + usual - time.time())
     who = ", ".join(f"{training.commit} seed {training.seed}" for training in call.going)
+    more = len(night.baseline_left) - len(call.going)
+    if more > 0:
+        who += f" and {more} more of the baseline"
     return Answer("RUNNING", f"{left:.0f} s left of {who}: {ME} {call.verb}")
 
 
@@ -1511,7 +1514,9 @@ def look_lines(night):
         gain = f"+{figure(experiment.gain, 3)} of {figure(needed, 3)}"
         lines.append(f"near {experiment.commit} {gain} {experiment.idea}")
     for row in night.rows[-2:]:
-        lines.append("row  " + format_row(row).strip().replace("\t", " "))
+        words = format_row(row).split("\t")
+        words[2] += " GB"
+        lines.append(" ".join(["row ", *words]).strip())
     lines = lines[:2] + [shorten(line) for line in lines[2:]]
     others = [name for name in edited_files() if name != CANVAS]
     if others:
@@ -1562,6 +1567,8 @@ def verb_show(options, call):
         runs = [row.run for row in night.rows_of(commit)]
         if runs:
             said += f", {METRIC} {figure(mean_value(runs))}, mean of {len(runs)}"
+        for training in night.attempts(commit)[-1:]:
+            show_end_of_log(call, training, lines=8)
         return Answer("NEXT", said)
     call.say(f"{commit[:7]} {subject(commit)}")
     diff = git("diff-tree", "-p", f"{commit}^", commit, "--", CANVAS).splitlines()[4:]

@@ -377,6 +377,7 @@ def test_a_night_that_is_over_trains_no_baseline(fresh):
     wait_for(fresh.folder / "up")
     assert fresh.call("stop", "--night")[0] == "OVER"
     call.communicate()
+    assert fresh.rows()[0][4] == "baseline, seed 42"
     trained = fresh.calls()
     for words in (["wait"], ["look"], ["start", "nov21"], ["try", "width: wider"]):
         word, said = fresh.call(*words)
@@ -385,6 +386,16 @@ def test_a_night_that_is_over_trains_no_baseline(fresh):
     fresh.write("go", "")
     assert fresh.call("start", "nov21", "--renew")[0] == "NEXT"
     assert len(fresh.rows()) == 3
+
+
+@pytest.mark.slow
+def test_the_baseline_says_how_many_runs_are_left(fresh):
+    fresh.edit(0.9979, 0.9975, 0.9983, last_words=SLOW)
+    fresh.git("commit", "-qam", "slow")
+    word, said = fresh.call("start", "nov21", "--seconds", "0")
+    assert word == "RUNNING" and "seed 42 and 2 more of the baseline" in said
+    fresh.write("go", "")
+    assert fresh.call("wait")[0] == "NEXT"
 
 
 def test_no_experiment_before_the_baseline_is_done(fresh):
@@ -1276,7 +1287,7 @@ def test_look_tells_a_new_session_where_the_last_one_ended(agent):
     assert "nov21: 3 of 20 experiments" in out
     assert re.search(rf"^kept {kept} \+0\.001900 width: better$", out, re.M)
     assert re.search(r"^near \w{7} \+0\.0000\d+ of 0\.000\d+ width: near$", out, re.M)
-    assert "optimizer: worse" in out
+    assert re.search(r"^row  \w{7} 0\.999900 44\.0 GB discard optimizer: worse$", out, re.M)
     agent.edit(0.5)
     assert 'try "axis: idea"' in agent.call("look")[1]
 
@@ -1359,7 +1370,7 @@ def test_show(agent):
     assert "No module named" in agent.call("show", "HEAD", lines=60)[1]
     assert one_line(agent.call("show", "1234567"), "REFUSED")
     word, out = agent.call("show", "base/autoresearch/nov21", lines=60)
-    assert word == "NEXT" and "the base, val_bpb 0.997900, mean of 3" in out
+    assert word == "NEXT" and "the base, val_bpb 0.997900, mean of 3" in out and "| depth:" in out
     assert "nothing" not in agent.call("show", agent.rows()[0][0], lines=60)[1]
 
 
@@ -1679,7 +1690,7 @@ def test_everything_that_the_orders_name_exists():
     answers = re.findall(r"^\| `([A-Z]+)` \|", text, re.M)
     assert sorted(answers) == sorted(ratchet.ANSWERS)
     files = {name for name in named if re.fullmatch(r"[\w.-]+\.\w+", name)}
-    assert files == {"prepare.py", "train.py", "results.tsv"}
+    assert files == {"prepare.py", "train.py", "results.tsv", "run.log"}
     contract = (ROOT / "prepare.py").read_text()
     constants = {name for name in named if re.fullmatch("[A-Z_]+", name)} - set(answers)
     assert constants
