@@ -998,7 +998,7 @@ def step(night, call):
     night.book(rows)
     settle(night, call)
     if CANVAS in edited_files():
-        call.say(f"{CANVAS} was edited after its commit; the run is of the commit")
+        call.say(f"{CANVAS} was edited after its commit; the edit stands on {night.kept[:7]} now")
     if wave:
         for row in rows:
             call.say(f"{row.commit} {row.status} {figure(row.value)} {row.description}"[:LINE])
@@ -1027,7 +1027,6 @@ def settle(night, call):
         put_back(night, call)
         if edit is not None:
             (ROOT / CANVAS).write_bytes(edit)
-            call.say(f"the edit stands on {night.kept[:7]} now")
         idea = None
     call.about = call.about or idea
     wave = read_wave()
