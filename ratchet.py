@@ -164,6 +164,10 @@ class Refused(Exception):
     """One line for the reader: what was wrong, and what to run."""
 
 
+class NoNight(Refused):
+    """There is no night in this folder, or another branch is checked out."""
+
+
 class Row(NamedTuple):
     """One row of results.tsv: one run, or an idea given up after a crash."""
 
@@ -736,13 +740,11 @@ class Night:
         branch = git_or_none("symbolic-ref", "--quiet", "--short", "HEAD")
         if branch is None:
             git("rev-parse", "--git-dir")  # if there is no repository, git says so
-            raise Refused(
-                f"no branch is checked out: {ME} start TAG begins or goes on with a night"
-            )
+            raise NoNight(f"no branch is checked out: {ME} start TAG begins or goes on with one")
         prefix, _, self.tag = branch.partition("/")
         if prefix != "autoresearch" or not self.tag:
             said = f"no night here, on branch {branch}"
-            raise Refused(f"{said}: {ME} start TAG begins one, or goes on with one")
+            raise NoNight(f"{said}: {ME} start TAG begins one, or goes on with one")
         self.facts = read_facts(self.tag)
         if self.facts is None:
             raise Refused(f"this night has no tag base/{branch}: {ME} start another TAG")
@@ -951,6 +953,8 @@ def running(night, call):
     more = len(night.baseline_left) - len(call.going)
     if more > 0:
         who += f" and {more} more of the baseline"
+    elif call.verb != "final" and any(training.seed == SEEDS[1] for training in call.going):
+        who += ", as the first run left it open"
     return Answer("RUNNING", f"{left:.0f} s left of {who}: {ME} {call.verb}")
 
 
@@ -998,7 +1002,7 @@ def step(night, call):
     night.book(rows)
     settle(night, call)
     if CANVAS in edited_files():
-        call.say(f"{CANVAS} was edited after its commit; the edit stands on {night.kept[:7]} now")
+        call.say(f"{CANVAS} was edited meanwhile; the edit stands on {night.kept[:7]} now")
     if wave:
         for row in rows:
             call.say(f"{row.commit} {row.status} {figure(row.value)} {row.description}"[:LINE])
@@ -1023,10 +1027,7 @@ def settle(night, call):
     if idea:
         git("update-ref", idea_ref(night.tag, idea), idea)  # so that git never forgets it
     if idea and night.rows_of(idea):
-        edit = edit_on(night.kept)
-        put_back(night, call)
-        if edit is not None:
-            (ROOT / CANVAS).write_bytes(edit)
+        put_back(night, call, edit=edit_on(night.kept))
         idea = None
     call.about = call.about or idea
     wave = read_wave()
@@ -1051,11 +1052,16 @@ def book_parent(night, call):
         call.say(f"{row.commit} {words}, seed {row.seed}: {METRIC} {figure(row.value)}")
 
 
-def put_back(night, call):
-    """Take a booked failure off the branch; edits that came after its commit are put aside."""
-    set_edit_aside(night.head, call)
+def put_back(night, call, edit=None):
+    """Take a booked failure off the branch; edits that came after its commit are put aside.
+
+    edit is a train.py that comes in the place of the parent's, None: the parent's stays.
+    """
+    set_edit_aside(night.head, call, is_silent=edit is not None)
     git("reset", "--quiet", "--keep", f"{night.head}^")
     night.head = git("rev-parse", "HEAD")
+    if edit is not None:
+        (ROOT / CANVAS).write_bytes(edit)
 
 
 def edit_on(commit):
@@ -1073,13 +1079,15 @@ def edit_on(commit):
             return None
 
 
-def set_edit_aside(commit, call):
+def set_edit_aside(commit, call, is_silent=False):
     """Save an uncommitted edit of train.py under runs/, and give train.py back as committed."""
     if CANVAS in edited_files():
         aside = unused(f"edited-{commit[:7]}", ".py")
         shutil.copyfile(ROOT / CANVAS, aside)
         git("checkout", "--quiet", "HEAD", "--", CANVAS)
-        call.say(f"{CANVAS} was edited after its commit; the edit is saved in runs/{aside.name}")
+        if not is_silent:
+            name = f"runs/{aside.name}"
+            call.say(f"{CANVAS} was edited after its commit; the edit is saved in {name}")
 
 
 def decide(night, idea):
@@ -1471,7 +1479,10 @@ def drop_kept(night, call, why):
 
 
 def verb_look(options, call):
-    answer = advance(call, step)
+    try:
+        answer = advance(call, step)
+    except NoNight as error:
+        return Answer("NEXT", str(error))
     night = Night()
     call.lines = call.lines[-2:] + night.notes[:1] + look_lines(night)
     return answer

@@ -809,7 +809,8 @@ def test_the_next_idea_is_prepared_during_a_run(agent, word):
     wait_for(agent.folder / "up")
     agent.write("train.py", f"depth = 2\n{running}")
     agent.write("go", "")
-    assert agent.call("wait")[0] == word
+    answer, said = agent.call("wait")
+    assert answer == word and "stands on" in said and "saved" not in said
     left = running if word == "KEEP" else begin
     assert (agent.folder / "train.py").read_text() == f"depth = 2\n{left}"
     assert agent.call("look")[0] == "NEXT"
@@ -1120,9 +1121,11 @@ def test_in_a_wrong_place_it_says_so(agent, where):
         (agent.folder / "results.tsv").unlink()
     else:
         shutil.rmtree(agent.folder / ".git")
-    for words in (["look"], ["wait"], ["try", "width: x"], ["drop", "x"], ["show", "HEAD"]):
+    for words in (["wait"], ["try", "width: x"], ["drop", "x"], ["show", "HEAD"]):
         assert one_line(agent.call(*words), "REFUSED")
-    if where in ("detached", "main"):  # the orders forbid git, so that it names none
+    is_elsewhere = where in ("detached", "main")
+    assert one_line(agent.call("look"), "NEXT" if is_elsewhere else "REFUSED")
+    if is_elsewhere:  # the orders forbid git, so that it names none
         assert "uv run ratchet.py start TAG" in agent.call("look")[1]
         assert "git" not in agent.call("look")[1]
         assert agent.call("start", "nov21")[0] == "NEXT"
@@ -1804,7 +1807,7 @@ def play(agent, script, ideas):
         said = cut_call(agent, script, "look")
         if said is None:
             continue
-        if said.startswith("REFUSED no night"):
+        if said.startswith("NEXT no night"):
             cut_call(agent, script, "start", "nov21")
             continue
         tried = {row[4].split(";")[0].split(",")[0] for row in agent.rows()}
