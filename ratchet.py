@@ -953,7 +953,11 @@ def running(night, call):
     more = len(night.baseline_left) - len(call.going)
     if more > 0:
         who += f" and {more} more of the baseline"
-    elif call.verb != "final" and any(training.seed == SEEDS[1] for training in call.going):
+    elif (
+        not night.baseline_left
+        and call.verb != "final"
+        and any(training.seed == SEEDS[1] for training in call.going)
+    ):
         who += ", as the first run left it open"
     return Answer("RUNNING", f"{left:.0f} s left of {who}: {ME} {call.verb}")
 
