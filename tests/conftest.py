@@ -1,7 +1,8 @@
 """What the tests share: a tiny corpus, its tokenizer and cache folder, and a local shard server.
 
-Every test runs on the contract of the python corpus, whatever the machine, and none can reach the
-cache of the person who runs them. README.md in this folder says what goes where.
+Every test runs on the contract of the python corpus, whatever the machine. None can reach the cache
+of the person who runs them, but for those of FlashAttention-3 on a real GPU, which is found there.
+README.md in this folder says what goes where.
 """
 
 import bisect
@@ -37,6 +38,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["AUTORESEARCH_CORPUS"] = "python"
+PERSONS_CACHE = os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch"
 os.environ["AUTORESEARCH_CACHE"] = f"{os.devnull}/autoresearch"  # no folder, nor can it be one
 
 import prepare  # noqa: E402  (reads the environment)

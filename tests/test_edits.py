@@ -230,6 +230,14 @@ def value_embeddings_in_every_layer(source):
     return patch(source, ("embedded = range((depth - 1) % 2, depth, 2)", "embedded = range(depth)"))
 
 
+@edit(2, lambda run: in_adamw(run, "before.weight", 1) and run.model.before.weight.any())
+def a_table_of_the_token_before(source):
+    wte = "            self.wte = nn.Embedding("
+    table = "            self.before = nn.Embedding(vocab_size, model_dim, dtype=table_dtype)\n"
+    both = "self.wte(idx) + self.before(F.pad(idx[:, :-1], (1, 0)))"
+    return patch(source, (wte, table + wte), ("norm(self.wte(idx).to", f"norm(({both}).to"))
+
+
 @edit(6, lambda run: in_adamw(run, "skip_lambdas", 1))
 def unet_skips(source):
     tables = "            self.value_embeds = nn.ModuleDict()\n"
