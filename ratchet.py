@@ -268,11 +268,11 @@ def append_rows(path, rows):
             raise
 
 
-def replace_file(path, text):
-    """Write a file so that a reader sees the old text or the new one, and nothing between."""
+def replace_file(path, content):
+    """Write bytes to a file; a reader sees the old ones or the new ones, and nothing between."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -431,6 +431,10 @@ def read_json(path):
         return {}
 
 
+def write_json(path, content):
+    replace_file(path, json.dumps(content, indent=1).encode())
+
+
 def unused(stem, suffix=""):
     """Return a path in runs/ that does not exist."""
     path = RUNS / f"{stem}{suffix}"
@@ -513,7 +517,7 @@ def start_run(night, need, slot, foreground):
         "expected": night.setting,
         "started": time.time(),
     }
-    replace_file(folder / "job.json", json.dumps(job, indent=1))
+    write_json(folder / "job.json", job)
     fds = [file.fileno() for file in (alive, lock) if file]
     runner = subprocess.Popen(
         [sys.executable, __file__, "_run", str(folder), *map(str, fds)],
@@ -577,7 +581,7 @@ def run_training(folder, lock_fds):
                 training.wait()
     result = read_result(read_log(log), training.returncode, job) | ended_by
     keep_log(log)
-    replace_file(folder / "result.json", json.dumps(result, indent=1))
+    write_json(folder / "result.json", result)
 
 
 def show_log(log):
@@ -882,13 +886,14 @@ def one_at_a_time():
 
 POLL_SECONDS = (0.02, 1.0)  # between two looks at a run: at first, at most
 DEVICE_SECONDS = 2.0  # between two tries to get a device that another training has
+UNCLEAR = "unclear"  # a file in the folder of an idea's first run, if the rule said "repeat"
 
 
 class Call:
     """One call of a verb: what it may do, what it has seen, what it says."""
 
-    def __init__(self, verb="wait", foreground=False, seconds=math.inf):
-        self.verb = verb  # that goes on with what this call began
+    def __init__(self, again=f"{ME} wait", foreground=False, seconds=math.inf):
+        self.again = again  # the command that goes on with what this call began
         self.may_run = False  # whether it may start a run
         self.foreground = foreground  # whether its runs are its children
         self.retry = False  # whether what crashed runs again as it is
@@ -944,7 +949,7 @@ def wait_for(call):
 def running(night, call):
     """Return the Answer while a run goes on: how long it will take yet."""
     if not call.going:
-        return Answer("BUSY", f"another training has this device: {ME} {call.verb}")
+        return Answer("BUSY", f"another training has this device: {call.again}")
     usual = hard_limit(night.base)
     for training in night.valid(night.base) + night.valid(night.kept):
         usual = training.result["total_seconds"] or usual
@@ -953,13 +958,9 @@ def running(night, call):
     more = len(night.baseline_left) - len(call.going)
     if more > 0:
         who += f" and {more} more of the baseline"
-    elif (
-        not night.baseline_left
-        and call.verb != "final"
-        and any(training.seed == SEEDS[1] for training in call.going)
-    ):
-        who += ", as the first run left it open"
-    return Answer("RUNNING", f"{left:.0f} s left of {who}: {ME} {call.verb}")
+    if night.head != night.kept and is_unclear(night, night.head):
+        who += f" ({night.head[:7]} was unclear: it and its parent both run once more)"
+    return Answer("RUNNING", f"{left:.0f} s left of {who}: {call.again}")
 
 
 def step(night, call):
@@ -992,7 +993,8 @@ def step(night, call):
         begun = begun or any(t.word in ("valid", "going") for t in night.attempts(idea))
     names = ", ".join(idea[:7] for idea in ideas)
     if night.over() and not begun:
-        return Answer("OVER", f"{night.over()}; {names} was not finished")
+        said = f'{names} was not finished: {ME} drop "why" gives it up'
+        return Answer("OVER", f"{night.over()}; {said}")
 
     failed = start_runs(night, call, needs.values(), wave.get("jobs", 1))
     # In a wave a crash is booked. Alone it stays at HEAD, where the agent mends it
@@ -1005,8 +1007,8 @@ def step(night, call):
     rows = rows_of_ideas(night, call, decided, crashed)
     night.book(rows)
     settle(night, call)
-    if CANVAS in edited_files():
-        call.say(f"{CANVAS} was edited meanwhile; the edit stands on {night.kept[:7]} now")
+    if rows[-1].status == "keep" and CANVAS in edited_files():
+        call.say(f"your edit of {CANVAS} is on {night.kept[:7]} now")
     if wave:
         for row in rows:
             call.say(f"{row.commit} {row.status} {figure(row.value)} {row.description}"[:LINE])
@@ -1031,7 +1033,7 @@ def settle(night, call):
     if idea:
         git("update-ref", idea_ref(night.tag, idea), idea)  # so that git never forgets it
     if idea and night.rows_of(idea):
-        put_back(night, call, edit=edit_on(night.kept))
+        put_back(night, call)
         idea = None
     call.about = call.about or idea
     wave = read_wave()
@@ -1056,42 +1058,47 @@ def book_parent(night, call):
         call.say(f"{row.commit} {words}, seed {row.seed}: {METRIC} {figure(row.value)}")
 
 
-def put_back(night, call, edit=None):
-    """Take a booked failure off the branch; edits that came after its commit are put aside.
+def put_back(night, call):
+    """Take the commit at HEAD off the branch.
 
-    edit is a train.py that comes in the place of the parent's, None: the parent's stays.
+    An edit of train.py that came after it is put on the parent, or aside if it does not fit there.
     """
-    set_edit_aside(night.head, call, is_silent=edit is not None)
-    git("reset", "--quiet", "--keep", f"{night.head}^")
-    night.head = git("rev-parse", "HEAD")
-    if edit is not None:
-        (ROOT / CANVAS).write_bytes(edit)
+    gone = night.head
+    parent = git("rev-parse", f"{gone}^")
+    edit = edit_without(gone) if CANVAS in edited_files() else None
+    if edit is None:
+        set_edit_aside(gone, call)
+        git("reset", "--quiet", "--keep", parent)
+    else:
+        # The file first: cut off here, the next call merges it again and gets the same
+        replace_file(ROOT / CANVAS, edit)
+        git("reset", "--quiet", "--mixed", parent)
+        where = f"on {parent[:7]} now, without the change of {gone[:7]}"
+        call.say(f"your edit of {CANVAS} is {where}: read it again")
+    night.head = parent
 
 
-def edit_on(commit):
-    """Return a commit's train.py with the edit since HEAD; None without one, or in a conflict."""
-    if CANVAS not in edited_files():
-        return None
+def edit_without(commit):
+    """Return train.py as edited, but without the change of a commit; None in a conflict."""
     with tempfile.TemporaryDirectory() as folder:
         old = Path(folder) / "old"
         new = Path(folder) / "new"
-        old.write_bytes(git_bytes("show", f"HEAD:./{CANVAS}"))
-        new.write_bytes(git_bytes("show", f"{commit}:./{CANVAS}"))
+        old.write_bytes(git_bytes("show", f"{commit}:./{CANVAS}"))
+        new.write_bytes(git_bytes("show", f"{commit}^:./{CANVAS}"))
         try:
             return git_bytes("merge-file", "-p", "-q", str(new), str(old), str(ROOT / CANVAS))
         except Refused:
             return None
 
 
-def set_edit_aside(commit, call, is_silent=False):
+def set_edit_aside(commit, call):
     """Save an uncommitted edit of train.py under runs/, and give train.py back as committed."""
     if CANVAS in edited_files():
         aside = unused(f"edited-{commit[:7]}", ".py")
         shutil.copyfile(ROOT / CANVAS, aside)
         git("checkout", "--quiet", "HEAD", "--", CANVAS)
-        if not is_silent:
-            name = f"runs/{aside.name}"
-            call.say(f"{CANVAS} was edited after its commit; the edit is saved in {name}")
+        name = f"runs/{aside.name}"
+        call.say(f"{CANVAS} was edited after its commit; the edit is saved in {name}")
 
 
 def decide(night, idea):
@@ -1112,15 +1119,19 @@ def decide(night, idea):
     noise = noise_of(night.runs + runs)
     verdict = judge(runs, parent, noise, takes_out_code(night.kept, idea))
     if not second:
-        unclear = first.folder / "unclear"  # once said, it holds: both run again, whatever comes
         if verdict.word == "repeat" and not same_losses(night, first):
-            unclear.touch()
-        if unclear.exists():
+            (first.folder / UNCLEAR).touch()  # once said, it holds: both run again, whatever comes
+        if is_unclear(night, idea):
             needs = [Need(night.kept, SEEDS[1], first.started), Need(idea, SEEDS[1])]
             return [need for need in needs if not night.valid(*need)], None, trainings
     if verdict.word == "repeat":
         verdict = verdict._replace(word="discard")
     return [], verdict, trainings
+
+
+def is_unclear(night, idea):
+    """Tell whether the first run of an idea decided nothing."""
+    return any((training.folder / UNCLEAR).exists() for training in night.valid(idea, SEEDS[0]))
 
 
 def same_losses(night, training):
@@ -1156,8 +1167,9 @@ def start_runs(night, call, needs, jobs=1):
             failed[need.commit] = last
         else:
             waiting.append(need)
-    if night.kept in failed or not call.may_run:  # nothing is decided without the parent
-        return failed
+    was_stopped = any(training.word == "stopped" for training in failed.values())
+    if night.kept in failed or was_stopped or not call.may_run:
+        return failed  # nothing is decided without the parent, or begun against a person's will
     waiting = [need for need in waiting if need.commit not in failed]
     slots = sorted(set(range(jobs)) - {training.slot for training in call.going})
     for need, slot in zip(waiting, slots, strict=False):
@@ -1174,17 +1186,18 @@ def outcome(night, call, failed, what):
     """Return None if runs are to be awaited, else the Answer on a failed one or on what waits."""
     if call.going or (call.device_busy and call.may_run):
         return None
-    again = f"{ME} {call.verb}"
     if not failed:
-        return Answer("NEXT", f"{what} waits for its run: {again}")
+        return Answer("NEXT", f"{what} waits for its run: {call.again}")
     commit, call.failed = next(iter(failed.items()))
     word = call.failed.word
     why = call.failed.result.get("why", "its runner was killed, or the machine went down")
     who = f"{commit[:7]} seed {call.failed.seed}"
     if word not in FAILED:
-        return Answer("BUSY", f"{who}: {why}; nothing is booked: {again} runs it again")
+        return Answer("BUSY", f"{who}: {why}; nothing is booked: {call.again} runs it again")
     if commit in (night.base, night.kept):  # no edit of the agent's is to blame
-        return Answer("CRASH", f"{why} ({who}, which is no idea of yours: {again} runs it again)")
+        return Answer(
+            "CRASH", f"{why} ({who}, which is no idea of yours: {call.again} runs it again)"
+        )
     if word == "refused":
         return Answer("REFUSED", f"{who} cannot be compared: {why}: mend it and try, or drop")
     return Answer("CRASH", f"{why} ({who}: mend it and try again, or drop it)")
@@ -1192,9 +1205,13 @@ def outcome(night, call, failed, what):
 
 def next_step(night):
     """Return the Answer where nothing is pending."""
+    is_edited = CANVAS in edited_files()
     if night.over():
-        return Answer("OVER", f"{night.over()}; {len(night.experiments)} experiments")
-    if CANVAS in edited_files():
+        said = f"{night.over()}; {len(night.experiments)} experiments"
+        if is_edited:
+            said += f'; the edit of {CANVAS} was not tried: {ME} drop "why" puts it aside'
+        return Answer("OVER", said)
+    if is_edited:
         return Answer("NEXT", f'{CANVAS} is edited: {ME} try "axis: idea", or drop "why"')
     return Answer("NEXT", f'edit {CANVAS}, then: {ME} try "axis: idea"')
 
@@ -1281,7 +1298,7 @@ def begin_wave(night, call, commits, jobs, parent):
         ideas.append(idea)
     if ideas:
         wave = {"ideas": ideas, "jobs": jobs, "parent": parent}
-        replace_file(RUNS / "wave.json", json.dumps(wave))
+        write_json(RUNS / "wave.json", wave)
     else:
         (RUNS / "wave.json").unlink(missing_ok=True)
     return ideas
@@ -1394,6 +1411,8 @@ def verb_try(options, call):
             return before
         if before.word in ("KEEP", "DISCARD"):
             call.say(f"the last idea is settled first: {before.word} {before.text}")
+            if night.over():
+                return next_step(night)
         idea = night.idea_at_head()
         if before.word == "NEXT" and (idea or read_wave() or night.baseline_left):
             raise Refused(before.text)
@@ -1445,7 +1464,10 @@ def verb_drop(options, call):
             return drop_pending(night, call, idea, why)
         if CANVAS in edited_files():
             set_edit_aside(night.head, call)
-            return Answer("DISCARD", f"{CANVAS} is as committed again, and nothing is booked")
+            said = f"{CANVAS} is as committed again, and nothing is booked"
+            if night.experiments and night.experiments[-1].status == "keep":
+                said += f"; {night.kept[:7]} stays kept: drop again to take it back"
+            return Answer("DISCARD", said)
         return drop_kept(night, call, why)
 
 
@@ -1476,7 +1498,7 @@ def drop_kept(night, call, why):
             words = f"{row.description}; dropped: {why}"
             line = format_row(row._replace(status="discard", description=words))
         lines.append(line)
-    replace_file(LEDGER, "".join(lines))
+    replace_file(LEDGER, "".join(lines).encode())
     night.load_ledger()
     put_back(night, call)
     return verdict_on(night, commit)
@@ -1500,8 +1522,10 @@ def limits_line(night):
     else:
         parts.append(f"{len(night.experiments)} experiments, no limit")
     if night.facts["until"]:
-        left = max(0, night.facts["until"] - time.time())
+        left = night.facts["until"] - time.time()
         hours = f"{left // 3600:.0f} h {left % 3600 // 60:.0f} min left"
+        if night.over():
+            hours = "over"
         parts.append(f"until {show_time(night.facts['until'])}, {hours}")
     if night.facts["patience"]:
         parts.append(f"nothing kept in {night.fruitless} of {night.facts['patience']}")
@@ -1556,6 +1580,7 @@ def axis_lines(night, most=4):
         axis = axis_of(experiment.idea)
         by_axis[axis] = [*by_axis.pop(axis, ()), experiment]  # the latest axis comes last
     lines = []
+    counts = []
     for axis, tried in reversed(by_axis.items()):
         keeps = sum(e.status == "keep" for e in tried)
         gains = [e.gain for e in tried if e.runs]
@@ -1566,9 +1591,10 @@ def axis_lines(night, most=4):
         elif len(tried) >= CLOSED_TRIES and all(e.status != "keep" for e in tried[-CLOSED_TRIES:]):
             state = ", closed"
         lines.append(f"axis {axis}: {len(tried)} tried, {keeps} kept, {best}{state}")
+        counts.append(f"{axis} {keeps}/{len(tried)}")
     if len(lines) > most:
-        rest = list(reversed(by_axis))[most - 1 :]
-        lines = [*lines[: most - 1], f"axes before: {', '.join(rest)}"]
+        rest = ", ".join(counts[most - 1 :])
+        lines = [*lines[: most - 1], f"axes before, kept/tried: {rest}"]
     return lines
 
 
@@ -1687,7 +1713,7 @@ ANSWERS = {  # the first word of the last line: the exit status, and what it mea
     "CRASH": (4, "the run failed: mend train.py and try again, or drop the idea"),
     "BUSY": (5, "the run was disturbed or the device is in use; nothing is booked; wait"),
     "RUNNING": (6, "the run goes on; wait"),
-    "OVER": (7, "a limit of the night is reached"),
+    "OVER": (7, "a limit is reached or a person ended the night; or final has its result"),
 }
 
 
@@ -1787,8 +1813,8 @@ def main():
             unlimited = options.foreground or options.verb in ("wave", "final")
             default = math.inf if unlimited else CALL_SECONDS
             seconds = default if options.seconds is None else options.seconds
-            verb = "final" if options.verb == "final" else "wait"
-            call = Call(verb, options.foreground, seconds)
+            again = f"{ME} {'final' if options.verb == 'final' else 'wait'}"
+            call = Call(again, options.foreground, seconds)
         if options.verb == "show":
             most = options.lines
         answer = globals()[f"verb_{options.verb}"](options, call)

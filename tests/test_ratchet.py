@@ -469,6 +469,20 @@ def test_what_is_unclear_is_not_decided_by_its_parents_second_run_alone(agent):
     assert [row[4] for row in agent.rows()[5:]] == ["width: more", "width: more, seed 43"]
 
 
+@pytest.mark.slow
+def test_a_run_that_goes_on_because_an_idea_was_unclear_says_so(agent):
+    slow_second = "if seed == 43:\n    " + "\n    ".join(SLOW.splitlines())
+    agent.attempt("width: wider", 0.9960, 0.9960, last_words=slow_second)
+    agent.edit(0.9954, 0.9970)
+    assert agent.call("try", "--seconds", "0", "width: more")[0] == "RUNNING"
+    idea = agent.head()
+    wait_for(agent.runs(idea)[0] / "result.json")
+    word, said = agent.call("wait", "--seconds", "0")
+    assert word == "RUNNING" and f"({idea} was unclear: " in said
+    agent.write("go", "")
+    assert agent.call("wait")[0] == "DISCARD"
+
+
 def test_seeds_are_compared_like_with_like(agent):
     """Seed 43 was the lucky one of the baseline; an idea no better than its parent is not kept."""
     word, out = agent.attempt("width: same", 0.9979, 0.9975, loss="1.5 / step")
@@ -810,7 +824,8 @@ def test_the_next_idea_is_prepared_during_a_run(agent, word):
     agent.write("train.py", f"depth = 2\n{running}")
     agent.write("go", "")
     answer, said = agent.call("wait")
-    assert answer == word and "stands on" in said and "saved" not in said
+    assert answer == word and "your edit of train.py is on" in said and "saved" not in said
+    assert ("without the change of" in said) == (word == "DISCARD")
     left = running if word == "KEEP" else begin
     assert (agent.folder / "train.py").read_text() == f"depth = 2\n{left}"
     assert agent.call("look")[0] == "NEXT"
@@ -829,9 +844,71 @@ def test_an_edit_of_the_lines_of_a_discarded_idea_is_saved(agent):
     agent.write("train.py", prepared)
     agent.write("go", "")
     word, said = agent.call("wait")
-    assert word == "DISCARD" and "saved in runs/" in said and "stands on" not in said
+    assert word == "DISCARD" and "saved in runs/" in said and "your edit" not in said
     assert (agent.folder / "train.py").read_text() == begin
     assert next((agent.folder / "runs").glob("edited-*.py")).read_text() == prepared
+
+
+@pytest.mark.slow
+def test_a_prepared_edit_survives_a_crash_that_is_given_up(agent):
+    begin = (agent.folder / "train.py").read_text()
+    running = agent.canvas(last_words=f"width = 1\n{SLOW}\nimport oss")
+    agent.write("train.py", running)
+    assert agent.call("try", "--seconds", "0", "width: typo")[0] == "RUNNING"
+    wait_for(agent.folder / "up")
+    agent.write("train.py", f"depth = 2\n{running}")
+    agent.write("go", "")
+    assert agent.call("wait")[0] == "CRASH"
+    word, said = agent.call("drop", "no use")
+    assert word == "DISCARD" and "without the change of" in said
+    assert (agent.folder / "train.py").read_text() == f"depth = 2\n{begin}"
+
+
+@pytest.mark.slow
+def test_what_was_not_tried_when_the_night_ended_is_named(agent):
+    assert agent.attempt("width: wider", 0.9960)[0] == "KEEP"
+    kept = agent.head()
+    agent.call("stop", "--night")
+    agent.edit(0.5)
+    for words in (("try", "width: more"), ("look",)):
+        word, said = agent.call(*words)
+        assert word == "OVER" and "was not tried" in said
+    word, said = agent.call("drop", "no time was left")
+    assert word == "DISCARD" and f"{kept} stays kept" in said
+    assert (agent.head(), agent.git("status", "--porcelain")) == (kept, "")
+    word, said = agent.call("look")
+    assert word == "OVER" and "drop" not in said
+
+
+@pytest.mark.slow
+def test_an_idea_that_the_end_of_the_night_cut_off_is_named(agent):
+    base = agent.head()
+    agent.edit(0.9960, last_words=SLOW)
+    assert agent.call("try", "--seconds", "0", "width: wider")[0] == "RUNNING"
+    idea = agent.head()
+    wait_for(agent.folder / "up")
+    agent.call("stop", "--night")
+    word, said = agent.call("look")
+    assert word == "OVER" and f"{idea} was not finished: uv run ratchet.py drop" in said
+    assert agent.call("drop", "no time was left")[0] == "DISCARD"
+    assert (agent.head(), agent.git("status", "--porcelain")) == (base, "")
+    assert len(agent.rows()) == 3
+
+
+@pytest.mark.slow
+def test_the_verdict_that_ends_the_night_begins_no_other_idea(agent):
+    agent.call("start", "nov21", "--experiments", "1", "--renew")
+    running = agent.canvas((0.9960, 0.9960, 0.9960), last_words=SLOW)
+    agent.write("train.py", running)
+    assert agent.call("try", "--seconds", "0", "width: wider")[0] == "RUNNING"
+    idea = agent.head()
+    agent.write("go", "")
+    wait_for(agent.runs(idea)[0] / "result.json")
+    agent.write("train.py", f"depth = 2\n{running}")
+    word, said = agent.call("try", "depth: deeper")
+    assert word == "OVER" and "KEEP" in said and "was not tried" in said
+    assert agent.head() == idea
+    assert (agent.folder / "train.py").read_text() == f"depth = 2\n{running}"
 
 
 @pytest.mark.parametrize("name", ["prepare.py", "pyproject.toml", "ratchet.py"])
@@ -1318,7 +1395,8 @@ def test_axes():
         rows_of([(f"{i}: x", "discard", 2) for i in "defg"])
     )
     lines = ratchet.axis_lines(night)
-    assert len(lines) == 4 and "axes before: d, c, a, b" in lines[-1]
+    assert len(lines) == 4
+    assert lines[-1] == "axes before, kept/tried: d 0/1, c 0/3, a 0/5, b 1/1"
 
 
 def test_gains_of_a_ledger_against_an_oracle():
@@ -1597,6 +1675,12 @@ if parts("\\nB = 1") and not parts("\\nA = 1"):
     sys.exit("B needs A")
 """
 
+# Name the number as the real train.py does: test_bpb on the test shard
+ON_TEST = (
+    "print = lambda *a, P=print, **k: P(*[str(x).replace('val_bpb', "
+    "os.environ.get('AUTORESEARCH_SPLIT', 'val') + '_bpb') for x in a], **k)"
+)
+
 
 def ablate(agent, *words):
     """Call tools/ablate.py of the clone; return its exit status, its table, and all it said."""
@@ -1617,10 +1701,8 @@ def ablate(agent, *words):
 @pytest.mark.slow
 def test_every_kept_change_is_taken_out_of_the_winner_alone(fresh):
     agent = fresh
-    on_test = "print = lambda *a, P=print, **k: P(*[str(x).replace('val_bpb', "
-    on_test += "os.environ.get('AUTORESEARCH_SPLIT', 'val') + '_bpb') for x in a], **k)"
     apart = "\n" + 8 * "# so that git sees no conflict\n"
-    text = agent.canvas(last_words=f"{WORTH}\n{on_test}\nA = 0{apart}B = 0{apart}C = 0{apart}")
+    text = agent.canvas(last_words=f"{WORTH}\n{ON_TEST}\nA = 0{apart}B = 0{apart}C = 0{apart}")
     agent.edit(text=text)
     (agent.folder / "tools").mkdir()
     shutil.copy(ROOT / "tools/ablate.py", agent.folder / "tools")
@@ -1639,9 +1721,9 @@ def test_every_kept_change_is_taken_out_of_the_winner_alone(fresh):
     status, table, out = ablate(agent)
     assert status == 0, out
     assert [row[1:] for row in table[1:]] == [
-        ["2.300000", "2.310000", "", "the winner"],
-        ["crash", "crash", "", f"without {kept[0]} axis: A"],
-        ["2.500000", "2.510000", "0.200000", f"without {kept[1]} axis: B"],
+        ["2.300000", "2.310000", "", "", "the winner"],
+        ["crash", "crash", "", "", f"without {kept[0]} axis: A"],
+        ["2.500000", "2.510000", "0.200000", "0.200000", f"without {kept[1]} axis: B"],
     ]
     assert len(agent.calls()) == calls + 6
     seeds = [call.split()[0] for call in agent.calls()[calls:]]
@@ -1649,7 +1731,7 @@ def test_every_kept_change_is_taken_out_of_the_winner_alone(fresh):
     assert ablate(agent)[1] == table and len(agent.calls()) == calls + 6  # nothing runs again
     assert agent.rows() == ledger and agent.git("status", "--porcelain") == ""
 
-    # Made by hand, and a change that a later one builds on
+    # A version that a person has made
     agent.edit(text=text.replace("\nC = 0", "\nC = 1"))
     agent.git("commit", "-qam", "C, by hand")
     by_hand = agent.head()
@@ -1659,6 +1741,7 @@ def test_every_kept_change_is_taken_out_of_the_winner_alone(fresh):
         by_hand,
         "2.400000",
         "2.410000",
+        "0.100000",
         "0.100000",
         f"by hand: {by_hand} C, by hand",
     ]
@@ -1670,11 +1753,48 @@ def test_a_change_that_cannot_be_taken_out_alone_is_named(agent):
     shutil.copy(ROOT / "tools/ablate.py", agent.folder / "tools")
     kept = []
     for value in (0.9960, 0.9930):
-        assert agent.attempt(f"width: {value}", value, value, value)[0] == "KEEP"
+        answer = agent.attempt(f"width: {value}", value, value, value, last_words=ON_TEST)
+        assert answer[0] == "KEEP"
         kept.append(agent.head())
+    agent.write("notes.md", "a note that is no idea\n")
+    agent.git("commit", "-qam", "a note")
     agent.call("stop", "--night")
-    out = ablate(agent)[2]
-    assert f"cannot be taken out alone: {kept[0]} width: 0.996" in out
+    status, table, out = ablate(agent)
+    assert status == 0
+    assert f"cannot be taken out alone: {kept[0]} width: 0.996" in out and "a note" not in out
+    assert [row[1:] for row in table[1:]] == [
+        ["0.993000", "0.993000", "", "", "the winner"],
+        ["0.996000", "0.996000", "0.003000", "0.003000", f"without {kept[1]} width: 0.993"],
+    ]
+
+
+@pytest.mark.slow
+def test_a_person_can_stop_what_scores_the_versions(tmp_path):
+    slow = f"{ON_TEST}\nif 'AUTORESEARCH_SPLIT' in os.environ:\n    "
+    slow += "\n    ".join(SLOW.splitlines())
+    agent = scratch(tmp_path, last_words=slow)
+    agent.call("start", "nov27")
+    (agent.folder / "tools").mkdir()
+    shutil.copy(ROOT / "tools/ablate.py", agent.folder / "tools")
+    assert agent.attempt("width: wider", 0.9960, 0.9960, 0.9960, last_words=slow)[0] == "KEEP"
+    agent.call("stop", "--night")
+    for command in (["ratchet.py", "final"], ["tools/ablate.py"]):
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=agent.folder,
+            env=agent.env,
+            stdout=subprocess.PIPE,
+            text=True,
+            stderr=subprocess.STDOUT,
+        )
+        (agent.folder / "up").unlink(missing_ok=True)
+        wait_for(agent.folder / "up")
+        calls = len(agent.calls())
+        assert agent.call("stop")[0] == "NEXT"
+        out, _ = process.communicate(timeout=PATIENCE_SECONDS)
+        assert "it was stopped by a person" in out
+        assert len(agent.calls()) == calls
+    assert "left" in out and f"uv run {command[0]} runs it again" in out
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1835,6 +1955,31 @@ def night_of(folder):
         "optimizer: between": agent.canvas((0.9958, 0.9951)),
     }
     return agent, ideas
+
+
+@pytest.mark.slow
+def test_a_prepared_edit_survives_a_cut_after_every_step_of_a_discard(agent, tmp_path):
+    base = agent.head()
+    begin = (agent.folder / "train.py").read_text()
+    script = tmp_path / "cut.py"
+    cuts = tmp_path / "cuts.json"
+    cuts.write_text("[]")
+    file = str(agent.folder / "ratchet.py")
+    script.write_text(CUT.format(folder=str(agent.folder), cuts=str(cuts), file=file))
+    running = agent.canvas((0.9990, 0.9990, 0.9990), last_words=f"width = 1\n{SLOW}\n")
+    agent.write("train.py", running)
+    assert agent.call("try", "--seconds", "0", "width: wider")[0] == "RUNNING"
+    agent.write("train.py", f"depth = 2\n{running}")
+    agent.write("go", "")
+    wait_for(agent.runs(agent.head())[0] / "result.json")
+    said = None
+    while said is None:
+        said = cut_call(agent, script, "wait")
+    steps = [key[0] for key in json.loads(cuts.read_text())]
+    assert steps.count("replace_file") == 1 and steps.count("reset") == 1
+    assert agent.head() == base
+    assert (agent.folder / "train.py").read_text() == f"depth = 2\n{begin}"
+    assert agent.git("diff", "--cached", "--name-only") == ""
 
 
 @pytest.mark.slow

@@ -5,9 +5,9 @@
     uv run tools/ablate.py COMMIT...
 
 For every kept commit this makes the winner without the change of that commit, as git would revert
-it. It trains under two seeds, and so does the winner. A change holds if the winner is better with
-it. The second seed takes the list backwards, so that a machine that becomes slower or faster
-favours nobody.
+it. It trains under two seeds, and so does the winner. The second seed takes the list backwards, so
+that a machine that becomes slower or faster favours nobody. A change holds if the winner is better
+with it under both seeds, and by more than one seed differs from the other by itself.
 
 Where a later change edits the same lines, git cannot take a change out alone. The tool says so. You
 can then commit the winner without it by hand, and name that commit on the command line.
@@ -18,7 +18,6 @@ goes on where it was. The night must be over, and its branch checked out.
 
 import functools
 import os
-import statistics
 import sys
 from pathlib import Path
 
@@ -47,7 +46,8 @@ def take_out(commit, winner):
 def versions_of(night, by_hand):
     """Return {commit: words} of all that is to be scored: the winner first, then without each."""
     versions = {night.kept: "the winner"}
-    kept = ratchet.git("rev-list", "--reverse", f"{night.base}..{night.kept}").split()
+    span = f"{night.base}..{night.kept}"  # with the notes that people have committed
+    kept = ratchet.git("rev-list", "--reverse", span, "--", ratchet.CANVAS).split()
     for commit in kept:
         words = f"without {commit[:7]} {ratchet.subject(commit)}"
         version = take_out(commit, night.kept)
@@ -55,6 +55,8 @@ def versions_of(night, by_hand):
             print(f"cannot be taken out alone: {commit[:7]} {ratchet.subject(commit)}")
         elif ratchet.git("diff", "--name-only", version, night.kept):
             versions[version] = words
+        else:
+            print(f"undone by a later change: {commit[:7]} {ratchet.subject(commit)}")
     for commit in by_hand:
         full = ratchet.full_commit(night.tag, commit)
         versions[full] = f"by hand: {full[:7]} {ratchet.subject(full)}"
@@ -79,25 +81,32 @@ def step(night, call, versions):
     return Answer("OVER", f"{len(versions) - 1} versions of the winner were scored")
 
 
+def score_of(night, commit, seed):
+    """Return what a version scored under a seed, or None and a word for why there is no score."""
+    last = next(reversed(night.attempts(commit, seed, 0.0, "test")), None)
+    if last is None:
+        return None, "left"
+    if last.word != "valid":
+        return None, last.word
+    return last.value, figure(last.value)
+
+
 def report(night, versions):
     """Print what every version scored under each seed, and what the winner gains over it."""
-    scores = {}
-    for commit in versions:
-        runs = [night.valid(commit, seed, 0.0, "test") for seed in SEEDS]
-        scores[commit] = [found[-1].value if found else None for found in runs]
-    of_winner = scores[night.kept]
-    print("\t".join(["commit", *(f"seed {seed}" for seed in SEEDS), "gain", "version"]))
+    of_winner = [score_of(night, night.kept, seed)[0] for seed in SEEDS]
+    columns = [f"{name} {seed}" for name in ("seed", "gain") for seed in SEEDS]
+    print("\t".join(["commit", *columns, "version"]))
     for commit, words in versions.items():
-        cells = [figure(score) if score is not None else "crash" for score in scores[commit]]
-        gain = ""
-        if commit != night.kept and None not in scores[commit]:
-            pairs = zip(scores[commit], of_winner, strict=True)
-            gain = figure(statistics.fmean(ratchet.gain_of(*pair) for pair in pairs), 3)
-        print("\t".join([commit[:7], *cells, gain, words]))
+        found = [score_of(night, commit, seed) for seed in SEEDS]
+        gains = [""] * len(SEEDS)
+        for i, (score, _) in enumerate(found):
+            if commit != night.kept and score is not None and of_winner[i] is not None:
+                gains[i] = figure(ratchet.gain_of(score, of_winner[i]), 3)
+        print("\t".join([commit[:7], *(word for _, word in found), *gains, words]))
 
 
 def main():
-    call = ratchet.Call("final", seconds=float("inf"))
+    call = ratchet.Call("uv run tools/ablate.py", seconds=float("inf"))
     call.may_run = True
     try:
         night = ratchet.Night()
@@ -110,11 +119,13 @@ def main():
         answer = ratchet.advance(call, functools.partial(step, versions=versions))
     except Refused as error:
         sys.exit(f"ablate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"ablate.py: the run that was started goes on: {call.again}, or {ratchet.ME} stop")
     for line in call.lines:
         print(line)
-    if answer.word != "OVER":
-        sys.exit(f"ablate.py: {answer.word} {answer.text}; call this tool again")
     report(ratchet.Night(), versions)
+    if answer.word != "OVER":
+        sys.exit(f"ablate.py: {answer.word} {answer.text}")
 
 
 if __name__ == "__main__":
