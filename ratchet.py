@@ -992,7 +992,7 @@ def step(night, call):
             decided[idea] = verdict, trainings
         begun = begun or any(t.word in ("valid", "going") for t in night.attempts(idea))
     names = ", ".join(idea[:7] for idea in ideas)
-    if night.over() and not begun:
+    if needs and night.over() and (night.facts.get("stopped") or not begun):
         said = f'{names} was not finished: {ME} drop "why" gives it up'
         return Answer("OVER", f"{night.over()}; {said}")
 

@@ -896,6 +896,25 @@ def test_an_idea_that_the_end_of_the_night_cut_off_is_named(agent):
 
 
 @pytest.mark.slow
+def test_a_night_that_a_person_ended_finishes_no_unclear_idea(agent):
+    slow_second = "if seed == 43:\n    " + "\n    ".join(SLOW.splitlines())
+    agent.attempt("width: wider", 0.9960, 0.9960, last_words=slow_second)
+    agent.edit(0.9954, 0.9970)
+    assert agent.call("try", "--seconds", "0", "width: more")[0] == "RUNNING"
+    idea = agent.head()
+    wait_for(agent.runs(idea)[0] / "result.json")
+    assert agent.call("wait", "--seconds", "0")[0] == "RUNNING"  # the second pair
+    wait_for(agent.folder / "up")
+    agent.call("stop", "--night")
+    calls = len(agent.calls())
+    word, said = agent.call("wait")
+    assert word == "OVER" and f"{idea} was not finished" in said
+    assert len(agent.calls()) == calls
+    assert agent.call("drop", "no time was left")[0] == "DISCARD"
+    assert agent.told()[-1] == ("discard", "width: more; dropped: no time was left")
+
+
+@pytest.mark.slow
 def test_the_verdict_that_ends_the_night_begins_no_other_idea(agent):
     agent.call("start", "nov21", "--experiments", "1", "--renew")
     running = agent.canvas((0.9960, 0.9960, 0.9960), last_words=SLOW)
