@@ -1008,7 +1008,7 @@ def step(night, call):
     night.book(rows)
     settle(night, call)
     if rows[-1].status == "keep" and CANVAS in edited_files():
-        call.say(f"your edit of {CANVAS} is on {night.kept[:7]} now")
+        call.say(f"{CANVAS} was edited meanwhile: the edit is on {night.kept[:7]} now")
     if wave:
         for row in rows:
             call.say(f"{row.commit} {row.status} {figure(row.value)} {row.description}"[:LINE])
@@ -1074,7 +1074,7 @@ def put_back(night, call):
         replace_file(ROOT / CANVAS, edit)
         git("reset", "--quiet", "--mixed", parent)
         where = f"on {parent[:7]} now, without the change of {gone[:7]}"
-        call.say(f"your edit of {CANVAS} is {where}: read it again")
+        call.say(f"{CANVAS} was edited meanwhile: the edit is {where}: read it again")
     night.head = parent
 
 

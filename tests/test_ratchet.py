@@ -824,7 +824,7 @@ def test_the_next_idea_is_prepared_during_a_run(agent, word):
     agent.write("train.py", f"depth = 2\n{running}")
     agent.write("go", "")
     answer, said = agent.call("wait")
-    assert answer == word and "your edit of train.py is on" in said and "saved" not in said
+    assert answer == word and "the edit is on" in said and "saved" not in said
     assert ("without the change of" in said) == (word == "DISCARD")
     left = running if word == "KEEP" else begin
     assert (agent.folder / "train.py").read_text() == f"depth = 2\n{left}"
@@ -844,7 +844,7 @@ def test_an_edit_of_the_lines_of_a_discarded_idea_is_saved(agent):
     agent.write("train.py", prepared)
     agent.write("go", "")
     word, said = agent.call("wait")
-    assert word == "DISCARD" and "saved in runs/" in said and "your edit" not in said
+    assert word == "DISCARD" and "saved in runs/" in said and "the edit is on" not in said
     assert (agent.folder / "train.py").read_text() == begin
     assert next((agent.folder / "runs").glob("edited-*.py")).read_text() == prepared
 
