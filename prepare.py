@@ -66,8 +66,8 @@ PROCESS_START = time.monotonic() - time.process_time()  # approximate: imports t
 # What the environment may set
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of a driver that is too old: check_device speaks of it
-    ON_CUDA = torch.cuda.is_available()
-DEFAULT_CORPUS = "climbmix" if ON_CUDA else "python"
+    HAS_CUDA = torch.cuda.is_available()
+DEFAULT_CORPUS = "climbmix" if HAS_CUDA else "python"
 CORPUS = setting("AUTORESEARCH_CORPUS", DEFAULT_CORPUS, "climbmix|python")
 EVAL_SPLIT = setting("AUTORESEARCH_SPLIT", "val", "val|test")  # test is for the person alone
 SEED = int(setting("AUTORESEARCH_SEED", "42", "[0-9]{1,18}"))  # measures noise, is no knob
@@ -108,7 +108,7 @@ GROUP_DOCUMENTS = 1024  # documents in a row group
 BUFFER_DOCUMENTS = 1000  # documents that the packer chooses from
 
 # Evaluation
-SCORE_TOKENS = 8192 if ON_CUDA else 128  # tokens whose log-softmax is held at once
+SCORE_TOKENS = 8192 if HAS_CUDA else 128  # tokens whose log-softmax is held at once
 PROBE_ROWS = 64 if CORPUS == "climbmix" else 16  # rows that the causality probe cuts, at least
 PROBE_TOLERANCE = 1e-3  # nats by which equal inputs may differ from pass to pass
 

@@ -473,7 +473,7 @@ def test_what_is_unclear_is_not_decided_by_its_parents_second_run_alone(agent):
 def test_a_run_that_goes_on_because_an_idea_was_unclear_says_so(agent):
     slow_second = "if seed == 43:\n    " + "\n    ".join(SLOW.splitlines())
     agent.attempt("width: wider", 0.9960, 0.9960, last_words=slow_second)
-    agent.edit(0.9954, 0.9970)
+    agent.edit(0.9958, 0.9970, last_words=slow_second)
     assert agent.call("try", "--seconds", "0", "width: more")[0] == "RUNNING"
     idea = agent.head()
     wait_for(agent.runs(idea)[0] / "result.json")
@@ -899,7 +899,7 @@ def test_an_idea_that_the_end_of_the_night_cut_off_is_named(agent):
 def test_a_night_that_a_person_ended_finishes_no_unclear_idea(agent):
     slow_second = "if seed == 43:\n    " + "\n    ".join(SLOW.splitlines())
     agent.attempt("width: wider", 0.9960, 0.9960, last_words=slow_second)
-    agent.edit(0.9954, 0.9970)
+    agent.edit(0.9958, 0.9970, last_words=slow_second)
     assert agent.call("try", "--seconds", "0", "width: more")[0] == "RUNNING"
     idea = agent.head()
     wait_for(agent.runs(idea)[0] / "result.json")

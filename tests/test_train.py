@@ -509,15 +509,23 @@ def test_every_parameter_is_in_exactly_one_group():
     assert {id(model.shift), id(model.blocks[0].gain)} < {id(p) for p in vectors["params"]}
 
 
+def test_parameter_without_a_place_is_named():
+    model = build()
+    model.extra = torch.nn.Linear(5, 32, bias=False)
+    with pytest.raises(SystemExit, match="extra.weight"):
+        train.make_optimizers(model)
+    with pytest.raises(SystemExit, match="extra.weight"):
+        model.num_params()
+
+
 @pytest.mark.parametrize("place", ["extra", "blocks.1.extra"])
-def test_parameter_without_a_place_is_named(place):
+def test_every_table_is_trained_like_the_token_embedding(place):
     model = build()
     table = torch.nn.Embedding(5, 32)  # a table is no matrix for Muon, in a block neither
     model.get_submodule(place.rpartition(".")[0]).add_module("extra", table)
-    with pytest.raises(SystemExit, match=f"{place}.weight"):
-        train.make_optimizers(model)
-    with pytest.raises(SystemExit, match=f"{place}.weight"):
-        model.num_params()
+    adamw, _ = train.make_optimizers(model)
+    (of_wte,) = [g for g in adamw.param_groups if any(p is model.wte.weight for p in g["params"])]
+    assert any(p is table.weight for p in of_wte["params"])
 
 
 def test_tied_embeddings_are_counted_once_and_work_twice():
