@@ -544,7 +544,7 @@ def test_forgotten_parameter_is_named(tiny, monkeypatch):
     """A matrix outside the blocks: nothing says how it is trained."""
     anchor = "            self.lm_head = Linear(model_dim, vocab_size, std=0)\n"
     line = "            self.second = Linear(model_dim, model_dim, std=0.02)\n"
-    with pytest.raises(SystemExit, match="second.weight"):
+    with pytest.raises(SystemExit, match=r"second\.weight"):
         run_text(patch(SOURCE, (anchor, anchor + line)), monkeypatch)
 
 

@@ -512,9 +512,9 @@ def test_every_parameter_is_in_exactly_one_group():
 def test_parameter_without_a_place_is_named():
     model = build()
     model.extra = torch.nn.Linear(5, 32, bias=False)
-    with pytest.raises(SystemExit, match="extra.weight"):
+    with pytest.raises(SystemExit, match=r"extra\.weight"):
         train.make_optimizers(model)
-    with pytest.raises(SystemExit, match="extra.weight"):
+    with pytest.raises(SystemExit, match=r"extra\.weight"):
         model.num_params()
 
 
