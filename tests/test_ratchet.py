@@ -469,14 +469,20 @@ def test_what_is_unclear_is_not_decided_by_its_parents_second_run_alone(agent):
     assert [row[4] for row in agent.rows()[5:]] == ["width: more", "width: more, seed 43"]
 
 
-@pytest.mark.slow
-def test_a_run_that_goes_on_because_an_idea_was_unclear_says_so(agent):
+def try_what_is_unclear(agent):
+    """Return an idea whose first run decides nothing; its second one and its parent's hang."""
     slow_second = "if seed == 43:\n    " + "\n    ".join(SLOW.splitlines())
     agent.attempt("width: wider", 0.9960, 0.9960, last_words=slow_second)
     agent.edit(0.9958, 0.9970, last_words=slow_second)
     assert agent.call("try", "--seconds", "0", "width: more")[0] == "RUNNING"
     idea = agent.head()
     wait_for(agent.runs(idea)[0] / "result.json")
+    return idea
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_because_an_idea_was_unclear_says_so(agent):
+    idea = try_what_is_unclear(agent)
     word, said = agent.call("wait", "--seconds", "0")
     assert word == "RUNNING" and f"({idea} was unclear: " in said
     agent.write("go", "")
@@ -897,12 +903,7 @@ def test_an_idea_that_the_end_of_the_night_cut_off_is_named(agent):
 
 @pytest.mark.slow
 def test_a_night_that_a_person_ended_finishes_no_unclear_idea(agent):
-    slow_second = "if seed == 43:\n    " + "\n    ".join(SLOW.splitlines())
-    agent.attempt("width: wider", 0.9960, 0.9960, last_words=slow_second)
-    agent.edit(0.9958, 0.9970, last_words=slow_second)
-    assert agent.call("try", "--seconds", "0", "width: more")[0] == "RUNNING"
-    idea = agent.head()
-    wait_for(agent.runs(idea)[0] / "result.json")
+    idea = try_what_is_unclear(agent)
     assert agent.call("wait", "--seconds", "0")[0] == "RUNNING"  # the second pair
     wait_for(agent.folder / "up")
     agent.call("stop", "--night")
