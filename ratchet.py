@@ -994,6 +994,8 @@ def step(night, call):
     names = ", ".join(idea[:7] for idea in ideas)
     if needs and night.over() and (night.facts.get("stopped") or not begun):
         said = f'{names} was not finished: {ME} drop "why" gives it up'
+        if wave:
+            said = f"a wave was not finished: {ME} start {night.tag} --renew goes on with it"
         return Answer("OVER", f"{night.over()}; {said}")
 
     failed = start_runs(night, call, needs.values(), wave.get("jobs", 1))

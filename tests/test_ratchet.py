@@ -1632,6 +1632,20 @@ def test_a_wave_through_a_busy_machine(fresh):
     assert len(fresh.calls()) == 6
 
 
+@pytest.mark.slow
+def test_a_wave_that_a_person_ended_goes_on_when_the_night_is_renewed(fresh):
+    assert fresh.call("start", "nov27")[0] == "NEXT"
+    ideas = ideas_of(fresh, fresh.canvas((0.9960, 0.9960), last_words=SLOW))
+    assert fresh.call("wave", "--seconds", "0", *ideas)[0] == "RUNNING"
+    wait_for(fresh.folder / "up")
+    fresh.call("stop", "--night")
+    word, said = fresh.call("wait")
+    assert word == "OVER" and "start nov27 --renew goes on" in said
+    fresh.write("go", "")
+    assert fresh.call("start", "nov27", "--renew")[0] in ("KEEP", "NEXT")
+    assert fresh.told()[-1][0] == "keep"
+
+
 def test_an_edit_during_a_wave_is_saved(agent):
     edits = "(here / 'train.py').write_text('mine')"
     (idea,) = ideas_of(agent, agent.canvas((0.9960,), last_words=edits))
