@@ -25,6 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from kernels import get_local_kernel
+from torch._functorch import config as functorch_config
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import prepare
@@ -657,6 +658,8 @@ def compile_model(model, device):
     if device.type == "cuda":
         # Whole, as kernels then reach across blocks: by tools/step.py 3.5 % faster than by blocks
         model.trunk = torch.compile(model.trunk, dynamic=False)
+        # Else a graph with an autograd.Function in it is traced anew in every run
+        functorch_config.autograd_cache_allow_custom_autograd_functions = True
     else:
         # By blocks, which share code. Not tested, to save seconds: that the C++ compiler knows the
         # CPU's vector instructions
