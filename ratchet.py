@@ -1193,7 +1193,8 @@ def outcome(night, call, failed, what):
     commit, call.failed = next(iter(failed.items()))
     word = call.failed.word
     why = call.failed.result.get("why", "its runner was killed, or the machine went down")
-    who = f"{commit[:7]} seed {call.failed.seed}"
+    role = {night.kept: "the parent ", night.base: "the baseline "}.get(commit, "")
+    who = f"{role}{commit[:7]} seed {call.failed.seed}"
     if word not in FAILED:
         return Answer("BUSY", f"{who}: {why}; nothing is booked: {call.again} runs it again")
     if commit in (night.base, night.kept):  # no edit of the agent's is to blame
@@ -1263,7 +1264,7 @@ def verdict_on(night, commit):
     text = f"gain {figure(verdict.gain, 3)} bar {figure(verdict.bar, 3)}"
     text += f" noise {figure(night.noise, 3)}, {METRIC} {figure(mean_value(experiment.runs))}"
     if len(experiment.runs) > 1:
-        text += f", mean of {len(experiment.runs)}"
+        text += f" (mean of {len(experiment.runs)} seeds)"
     if simpler:
         text += ", less code"
     ours = night.valid(commit)

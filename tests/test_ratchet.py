@@ -669,10 +669,12 @@ def test_a_disturbed_parent_is_run_again_and_loses_no_keep(agent):
     busy = "if seed == 43 and not (here / 'quiet').exists(): print('machine busy: 40%')"
     agent.attempt("width: kept", 0.9960, 0.9960, last_words=busy)
     kept = agent.head()
-    assert agent.attempt("width: between", 0.9955, 0.9951)[0] == "BUSY"
+    word, out = agent.attempt("width: between", 0.9955, 0.9951)
+    assert word == "BUSY" and f"the parent {kept} seed 43" in out
     assert f"43 {agent.head()}" not in " ".join(agent.calls())  # the idea waits for its parent
     agent.write("quiet", "")
-    assert agent.call("wait")[0] == "KEEP"
+    word, out = agent.call("wait")
+    assert word == "KEEP" and "(mean of 2 seeds)" in out
     assert agent.git("rev-parse", "HEAD~1")[:7] == kept
     assert agent.told(4) == [
         ("keep", "parent again, seed 43"),
