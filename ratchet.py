@@ -694,7 +694,7 @@ def odd_speed(summary, clock_tokens):
     if clock_tokens:
         # A step that the clock cut short is in no summary, and the summary is rounded
         a_step = clock_tokens / max(summary.get("num_steps", 1), 1)
-        if abs(tokens - clock_tokens) > 0.01 * clock_tokens + 0.05e6 + a_step:
+        if tokens > 1.01 * clock_tokens + 0.05e6 + a_step:  # fewer: not all was trained on
             said = f"the summary says {tokens / 1e6:g} M tokens"
             notes.append(f"{said}, the clock {clock_tokens / 1e6:.1f} M")
     if summary.get("mfu_percent", 0.0) > 100:
@@ -1067,8 +1067,11 @@ def put_back(night, call):
     """
     gone = night.head
     parent = git("rev-parse", f"{gone}^")
-    edit = edit_without(gone) if CANVAS in edited_files() else None
+    is_edited = CANVAS in edited_files()
+    edit = edit_without(gone) if is_edited else None
     if edit is None:
+        if is_edited:
+            call.say(f"{CANVAS} was edited meanwhile, where {gone[:7]} had changed the same lines")
         set_edit_aside(gone, call)
         git("reset", "--quiet", "--keep", parent)
     else:
@@ -1099,8 +1102,7 @@ def set_edit_aside(commit, call):
         aside = unused(f"edited-{commit[:7]}", ".py")
         shutil.copyfile(ROOT / CANVAS, aside)
         git("checkout", "--quiet", "HEAD", "--", CANVAS)
-        name = f"runs/{aside.name}"
-        call.say(f"{CANVAS} was edited after its commit; the edit is saved in {name}")
+        call.say(f"your edit is saved in runs/{aside.name}, and {CANVAS} is as committed again")
 
 
 def decide(night, idea):

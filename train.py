@@ -654,12 +654,12 @@ def compile_model(model, device):
 
     It is the loss, and for a GPU the trunk, for a CPU the blocks.
     """
+    # Else a graph with an autograd.Function in it, as ReluSquared is, is traced anew in every run
+    functorch_config.autograd_cache_allow_custom_autograd_functions = True
     options = {}
     if device.type == "cuda":
         # Whole, as kernels then reach across blocks: by tools/step.py 3.5 % faster than by blocks
         model.trunk = torch.compile(model.trunk, dynamic=False)
-        # Else a graph with an autograd.Function in it is traced anew in every run
-        functorch_config.autograd_cache_allow_custom_autograd_functions = True
     else:
         # By blocks, which share code. Not tested, to save seconds: that the C++ compiler knows the
         # CPU's vector instructions

@@ -724,6 +724,7 @@ def test_equal_losses_with_a_clear_gain_are_a_keep(agent):
         ({"last_words": "print('clock: 120000000 tokens in 300.0 seconds')"}, "499.6 M"),
         ({"mfu": "130.00"}, "peak"),
         ({"last_words": "print('clock: 499000000 tokens in 300.0 seconds')"}, ""),
+        ({"last_words": "print('clock: 900000000 tokens in 300.0 seconds')"}, ""),  # read, no more
     ],
 )
 def test_an_impossible_speed_is_named(agent, settings, said):

@@ -8,6 +8,8 @@ import functools
 import importlib.util
 import itertools
 import math
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -900,6 +902,38 @@ def whole_graph(monkeypatch):
     monkeypatch.setattr(train, "LOSS_SLICE", 20)
     yield lambda model: train.compile_model(model, torch.device("cuda"))
     torch.compiler.reset()
+
+
+COMPILES_THE_MLP = """
+import types, torch, train
+from torch._dynamo.utils import counters
+model = types.SimpleNamespace(blocks=[], loss_and_grads=lambda x: train.ReluSquared.apply(x).sum())
+train.compile_model(model, torch.device("cpu"))
+x = torch.ones(8, requires_grad=True)
+model.loss_and_grads(x).backward()
+print(x.grad[0].item(), counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_a_traced_graph_is_kept_until_its_backward_pass_is_edited(tmp_path):
+    """Or an agent's edit would train as before, from the compiler's cache."""
+    shutil.copy(ROOT / "prepare.py", tmp_path)
+    source = (ROOT / "train.py").read_text()
+    told = []
+    for factor in (2, 2, 3):
+        edited = test_edits.patch(source, ("return 2 * y.sqrt()", f"return {factor} * y.sqrt()"))
+        (tmp_path / "train.py").write_text(edited)
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILES_THE_MLP],
+            cwd=tmp_path,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        told.append(done.stdout.split())
+    assert told == [["2.0", "0"], ["2.0", "1"], ["3.0", "0"]]
     assert not counters["graph_break"]
 
 
