@@ -1596,7 +1596,8 @@ def axis_lines(night, most=4):
         elif len(tried) >= CLOSED_TRIES and all(e.status != "keep" for e in tried[-CLOSED_TRIES:]):
             state = ", closed"
         lines.append(f"axis {axis}: {len(tried)} tried, {keeps} kept, {best}{state}")
-        counts.append(f"{axis} {keeps}/{len(tried)}")
+        count = f"{axis} {keeps}/{len(tried)}"
+        counts.append(f"{count} (closed)" if state == ", closed" else count)
     if len(lines) > most:
         rest = ", ".join(counts[most - 1 :])
         lines = [*lines[: most - 1], f"axes before, kept/tried: {rest}"]

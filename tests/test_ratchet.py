@@ -1419,7 +1419,7 @@ def test_axes():
     )
     lines = ratchet.axis_lines(night)
     assert len(lines) == 4
-    assert lines[-1] == "axes before, kept/tried: d 0/1, c 0/3, a 0/5, b 1/1"
+    assert lines[-1] == "axes before, kept/tried: d 0/1, c 0/3, a 0/5 (closed), b 1/1"
 
 
 def test_gains_of_a_ledger_against_an_oracle():
