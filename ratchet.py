@@ -1071,7 +1071,7 @@ def put_back(night, call):
     edit = edit_without(gone) if is_edited else None
     if edit is None:
         if is_edited:
-            call.say(f"{CANVAS} was edited meanwhile, where {gone[:7]} had changed the same lines")
+            call.say(f"your edit changes what {gone[:7]} had changed, and fits on nothing else")
         set_edit_aside(gone, call)
         git("reset", "--quiet", "--keep", parent)
     else:
@@ -1102,7 +1102,7 @@ def set_edit_aside(commit, call):
         aside = unused(f"edited-{commit[:7]}", ".py")
         shutil.copyfile(ROOT / CANVAS, aside)
         git("checkout", "--quiet", "HEAD", "--", CANVAS)
-        call.say(f"your edit is saved in runs/{aside.name}, and {CANVAS} is as committed again")
+        call.say(f"the edit of {CANVAS} is saved in runs/{aside.name}, and taken out of it")
 
 
 def decide(night, idea):
@@ -1550,17 +1550,17 @@ def look_lines(night):
         f"{len(kept)} kept; noise {figure(night.noise, 3)}"
     )
     for experiment in sorted(kept, key=lambda e: -e.gain)[:3]:
-        lines.append(f"kept {experiment.commit} +{figure(experiment.gain, 3)} {experiment.idea}")
+        gain = f"+{figure(experiment.gain, 3)}"
+        lines.append(shorten(f"kept {experiment.commit} {gain} {experiment.idea}"))
     lines += axis_lines(night)
     for experiment in near_misses(night)[:2]:
         needed = judge(experiment.runs, experiment.parent_runs, night.noise).bar
         gain = f"+{figure(experiment.gain, 3)} of {figure(needed, 3)}"
-        lines.append(f"near {experiment.commit} {gain} {experiment.idea}")
+        lines.append(shorten(f"near {experiment.commit} {gain} {experiment.idea}"))
     for row in night.rows[-2:]:
         words = format_row(row).split("\t")
         words[2] += " GB"
-        lines.append(" ".join(["row ", *words]).strip())
-    lines = lines[:2] + [shorten(line) for line in lines[2:]]
+        lines.append(shorten(" ".join(["row ", *words]).strip()))
     others = [name for name in edited_files() if name != CANVAS]
     if others:
         lines.append(shorten(f"edited and left alone: {', '.join(others)}"))
@@ -1595,7 +1595,7 @@ def axis_lines(night, most=4):
             state = ", cold"
         elif len(tried) >= CLOSED_TRIES and all(e.status != "keep" for e in tried[-CLOSED_TRIES:]):
             state = ", closed"
-        lines.append(f"axis {axis}: {len(tried)} tried, {keeps} kept, {best}{state}")
+        lines.append(shorten(f"axis {axis}: {len(tried)} tried, {keeps} kept, {best}{state}"))
         count = f"{axis} {keeps}/{len(tried)}"
         counts.append(f"{count} (closed)" if state == ", closed" else count)
     if len(lines) > most:
@@ -1612,7 +1612,7 @@ def verb_show(options, call):
         said = f"{commit[:7]} is the base"
         runs = [row.run for row in night.rows_of(commit)]
         if runs:
-            said += f", {METRIC} {figure(mean_value(runs))}, mean of {len(runs)}"
+            said += f", {METRIC} {figure(mean_value(runs))} (mean of {len(runs)} seeds)"
         for training in night.attempts(commit)[-1:]:
             show_end_of_log(call, training, lines=8)
         return Answer("NEXT", said)

@@ -737,12 +737,8 @@ def main():
     seq_len = context  # of a training row; evaluation has all of it
     dtype = choose_dtype(device)
     print(f"device: {device_name}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}")
-    shards = prepare.shard_paths("tokens", "train")
-    train_tokens_M = sum(path.stat().st_size for path in shards) / 2e6  # two bytes each
-    print(
-        f"corpus: {prepare.CORPUS}, about {train_tokens_M:.0f} M training tokens, "
-        f"vocabulary {vocab_size}, context {context}, seed {prepare.SEED}"
-    )
+    sizes = f"vocabulary {vocab_size}, context {context}"
+    print(f"corpus: {prepare.CORPUS}, {sizes}, seed {prepare.SEED}")
     backend = choose_attention(device)
     use_compile = device.type != "mps"
 

@@ -854,6 +854,7 @@ def test_an_edit_of_the_lines_of_a_discarded_idea_is_saved(agent):
     agent.write("go", "")
     word, said = agent.call("wait")
     assert word == "DISCARD" and "saved in runs/" in said and "the edit is on" not in said
+    assert "fits on nothing else" in said
     assert (agent.folder / "train.py").read_text() == begin
     assert next((agent.folder / "runs").glob("edited-*.py")).read_text() == prepared
 
@@ -1474,7 +1475,8 @@ def test_show(agent):
     assert "No module named" in agent.call("show", "HEAD", lines=60)[1]
     assert one_line(agent.call("show", "1234567"), "REFUSED")
     word, out = agent.call("show", "base/autoresearch/nov21", lines=60)
-    assert word == "NEXT" and "the base, val_bpb 0.997900, mean of 3" in out and "| depth:" in out
+    assert word == "NEXT" and "| depth:" in out
+    assert "the base, val_bpb 0.997900 (mean of 3 seeds)" in out
     assert "nothing" not in agent.call("show", agent.rows()[0][0], lines=60)[1]
 
 
