@@ -654,7 +654,8 @@ def compile_model(model, device):
 
     It is the loss, and for a GPU the trunk, for a CPU the blocks.
     """
-    # Else a graph with an autograd.Function in it, as ReluSquared is, is traced anew in every run
+    # Else a graph with an autograd.Function in it, as ReluSquared is, is traced anew in every run.
+    # An operator of torch.library is known to this cache by its name alone: edited, rename it
     functorch_config.autograd_cache_allow_custom_autograd_functions = True
     options = {}
     if device.type == "cuda":
