@@ -1612,7 +1612,7 @@ def verb_show(options, call):
         said = f"{commit[:7]} is the base"
         runs = [row.run for row in night.rows_of(commit)]
         if runs:
-            said += f", {METRIC} {figure(mean_value(runs))} (mean of {len(runs)} seeds)"
+            said += f", {METRIC} {figure(mean_value(runs))} (mean of {len(runs)} runs)"
         for training in night.attempts(commit)[-1:]:
             show_end_of_log(call, training, lines=8)
         return Answer("NEXT", said)

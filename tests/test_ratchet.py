@@ -1476,7 +1476,7 @@ def test_show(agent):
     assert one_line(agent.call("show", "1234567"), "REFUSED")
     word, out = agent.call("show", "base/autoresearch/nov21", lines=60)
     assert word == "NEXT" and "| depth:" in out
-    assert "the base, val_bpb 0.997900 (mean of 3 seeds)" in out
+    assert "the base, val_bpb 0.997900 (mean of 3 runs)" in out
     assert "nothing" not in agent.call("show", agent.rows()[0][0], lines=60)[1]
 
 
