@@ -236,6 +236,8 @@ def test_the_noise_of_a_simulated_machine_is_what_its_name_says():
     rng = np.random.default_rng(0)
     falling = simulate_rule.falling_noise(rng, 2)
     assert falling[:, [0, -1]] == pytest.approx(np.array([[1, 1 / 3]] * 2))
+    rising = simulate_rule.rising_noise(rng, 2)
+    assert rising[:, [0, -1]] == pytest.approx(np.array([[1, 4]] * 2))
     for noise in (simulate_rule.noisy_hour(rng, 50), simulate_rule.noisy_first_hour(rng, 50)):
         assert ((noise == 3).sum(axis=1) == simulate_rule.HOUR).all()
         assert ((noise == 1) | (noise == 3)).all()

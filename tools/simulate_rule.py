@@ -33,6 +33,7 @@ SEEDS = (42, 43, 44)
 LOSS = 3.0  # mean loss of a bad idea
 MIXES = ((0.2, 0.5), (0.2, 2.0), (0.1, 1.0))  # share of good ideas, their mean gain
 POOR_MIXES = ((0.05, 1.0), (0.1, 0.3))  # the same, of a night whose easy ideas are gone
+RICH_MIX = (0.35, 10.0)  # about as in the night of 27 November 2026, in noises of its first half
 SIMPLE = (0.3, 0.3)  # share of ideas that simplify, standard deviation of what they gain
 ENOUGH = 200  # runs, the latest ones, that the noise in waves is reckoned from
 
@@ -59,6 +60,12 @@ RULES = {
     "this rule, parent never again": Rule({"PARENT_AGE_MINUTES": math.inf}),
 }
 POOR_RULES = (ORIGINAL, BEFORE, "old bars", "this rule")  # that are tried on POOR_MIXES
+STRICTER_RULES = {  # that might keep less of what is not real
+    "this rule, BAR 0.7": Rule({"BAR": 0.7}),
+    "this rule, BAR 0.85": Rule({"BAR": 0.85}),
+    "this rule, HIGH 2": Rule({"HIGH": 2.0}),
+    "this rule, all keeps run twice": Rule({"HIGH": math.inf}),
+}
 CONSTANTS = [
     "LOW",
     "HIGH",
@@ -87,6 +94,11 @@ def falling_noise(rng, num_nights):
 def high_falling_noise(rng, num_nights):
     """Return a noise that falls evenly, in logarithm, from three to one."""
     return 3 * falling_noise(rng, num_nights)
+
+
+def rising_noise(rng, num_nights):
+    """Return a noise that rises evenly, in logarithm, from one to four."""
+    return np.tile(np.geomspace(1, 4, RUNS), (num_nights, 1))
 
 
 def noisy_hour(rng, num_nights):
@@ -123,7 +135,9 @@ NEW_MACHINES = {
     "an hour of noise 3": Machine(noise=noisy_hour),
     "first hour of noise 3": Machine(noise=noisy_first_hour),
 }
-MACHINES = OLD_MACHINES | NEW_MACHINES
+RISING = "noise rises from 1 to 4"  # as in the night of 27 November 2026
+RISING_MACHINES = {STEADY: OLD_MACHINES[STEADY], RISING: Machine(noise=rising_noise)}
+MACHINES = OLD_MACHINES | NEW_MACHINES | RISING_MACHINES
 
 
 class Night(NamedTuple):
@@ -253,7 +267,7 @@ def play(rule_name, mix, machine_name, share_simple, num_nights, constants):
     if rule_name == ORIGINAL:
         results = [play_any_decrease(night) for night in nights]
     else:
-        rule = RULES[rule_name]
+        rule = (RULES | STRICTER_RULES)[rule_name]
         with patch.dict(vars(ratchet), constants | rule.constants):
             results = [play_rule(night, rule.noise_is_known) for night in nights]
     true_gains, keeps = zip(*results, strict=True)
@@ -486,7 +500,10 @@ def main():
             print_waves(pool, args.wave, args.nights, constants)
             return
         keys = [
-            (rule, machine, mix, 0.0) for rule in RULES for machine in MACHINES for mix in MIXES
+            (rule, machine, mix, 0.0)
+            for rule in RULES
+            for machine in OLD_MACHINES | NEW_MACHINES
+            for mix in MIXES
         ]
         keys += [
             (rule, machine, mix, 0.0)
@@ -494,9 +511,17 @@ def main():
             for machine in OLD_MACHINES
             for mix in POOR_MIXES
         ]
+        rising_rules = [ORIGINAL, "this rule", "this rule, true noise known", *STRICTER_RULES]
+        rising_mixes = [*MIXES, RICH_MIX]
+        keys += [
+            (rule, machine, mix, 0.0)
+            for rule in rising_rules
+            for machine in RISING_MACHINES
+            for mix in rising_mixes
+        ]
         keys += [(rule, STEADY, MIXES[-1], SIMPLE[0]) for rule in RULES]
         futures = {}
-        for key in keys:
+        for key in dict.fromkeys(keys):  # some cells are in two tables
             rule, machine, mix, share_simple = key
             futures[key] = pool.submit(
                 play, rule, mix, machine, share_simple, args.nights, constants
@@ -509,6 +534,7 @@ def main():
         print_differences(cells, RULES, machines, MIXES)
     print_gains(cells, POOR_RULES, OLD_MACHINES, POOR_MIXES)
     print_differences(cells, POOR_RULES, OLD_MACHINES, POOR_MIXES, percent=False)
+    print_gains(cells, rising_rules, RISING_MACHINES, rising_mixes)
     print_simplifications(cells)
 
 
