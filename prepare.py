@@ -1345,7 +1345,8 @@ def main():
             fetch_flash_attention_3()
     except OSError as error:
         why = f"{error.filename or home}: {error.strerror or error}"
-        raise ContractError(f"{why}: make room, or set AUTORESEARCH_CACHE elsewhere") from None
+        advice = "it needs a folder with room that it may write to; AUTORESEARCH_CACHE names one"
+        raise ContractError(f"{why}: {advice}") from None
     except BrokenProcessPool:
         what = "a process that encodes was killed, perhaps because memory is short"
         raise ContractError(f"{what}: `uv run prepare.py` goes on from here") from None

@@ -654,7 +654,7 @@ def test_cache_that_cannot_be_written(climbmix, tmp_path):
     (tmp_path / "climbmix").write_text("a file where a folder should be")
     with pytest.raises(prepare.ContractError, match=r"climbmix: (File exists|Not a .+)") as error:
         run(tmp_path, climbmix.url)
-    assert "set AUTORESEARCH_CACHE elsewhere" in str(error.value)
+    assert "a folder with room that it may write to; AUTORESEARCH_CACHE" in str(error.value)
     with pytest.raises(prepare.ContractError, match="Not a directory"):
         run(tmp_path / "climbmix" / "below", climbmix.url)
 
