@@ -3,8 +3,8 @@
     uv run prepare.py                  # once; a second call finishes in seconds
     uv run prepare.py --num-shards 40  # more training data (climbmix only)
 
-Sections: contract, corpora, tokenizer training, token shards, tokenizer, dataloader and clock,
-machine, metric, FlashAttention-3, command line.
+Sections: contract, progress, corpora, tokenizer training, token shards, tokenizer, dataloader and
+clock, machine, metric, FlashAttention-3, command line.
 """
 
 import argparse
@@ -51,7 +51,10 @@ class ContractError(SystemExit):
 
 
 def setting(name, default, pattern):
-    """Return an environment variable; raise ContractError if the pattern does not match it."""
+    """Return an environment variable, or the default where it is not set or empty.
+
+    Raises ContractError if the pattern does not match it.
+    """
     value = os.environ.get(name) or default
     if not re.fullmatch(pattern, value):
         raise ContractError(f"{name}={value!r} is not {pattern}: set it anew, or unset it")
@@ -81,13 +84,13 @@ EVAL_TOKENS = 40 * 2**19 if CORPUS == "climbmix" else 2**18  # tokens scored
 TIME_BUDGET = 300  # seconds of training, from the first training batch
 HARD_LIMIT = 600  # seconds of process life, then the process is ended
 MAX_IDLE = 10  # seconds that may pass from the end of training to the evaluation
-MAX_LACKED = 0.1  # share of a run's processor time that others take on a quiet machine, at most
-MAX_OTHERS = 4  # GiB of a GPU's memory that others hold on a quiet machine, at most
+MAX_SHARE_TAKEN = 0.1  # of a run's processor time, by others, on a quiet machine
+MAX_OTHERS_GIB = 4  # of a GPU's memory that others hold on a quiet machine
 
 # Corpora
 VAL_SHARD = "shard_06542"
 TEST_SHARD = "shard_06541"  # every other shard is training
-NUM_TRAIN_SHARDS = 20  # about 1.1 G tokens: 500 M packed ones, crops lost, stay within one epoch
+NUM_TRAIN_SHARDS = 20  # about 1.1 G tokens; half are cropped away, and 500 M are within an epoch
 PYTHON_CORPUS_CHARS = 10**8  # characters of Python source taken from the environment, at most
 SHARD_BYTES = 10**8  # of a climbmix shard, until the server has told its size
 NUM_DOWNLOADS = 8  # at once
@@ -147,6 +150,9 @@ def is_valid(read, *args):
     except ContractError:
         return False
     return True
+
+
+# --- Progress -------------------------------------------------------------------------------------
 
 
 class Progress:
@@ -286,24 +292,26 @@ class Downloads:
         url = f"{HF_ENDPOINT}/datasets/karpathy/climbmix-400b-shuffle/resolve/main/{path.name}"
         part = path.with_suffix(".part")
         advice = "run `uv run prepare.py` again, or set HF_ENDPOINT or AUTORESEARCH_CORPUS=python"
-        reason = None
-        wait = 0  # seconds until the next try
+        reason = ""  # why the last try failed
+        delay = 0  # seconds until the next try
         for attempt in range(DOWNLOAD_TRIES):
             if reason:
-                say(f"{path.name}: {reason}, again in {wait:.0f} s")
-            self.sleep(wait)
+                say(f"{path.name}: {reason}; trying again in {delay:.0f} s")
+            self.sleep(delay)
             if self.is_stopped.is_set():
                 return
-            wait = 2**attempt
+            delay = 2**attempt
+            status = 0
             try:
                 self.fetch(url, path, part)
                 return
             except requests.HTTPError as error:
-                reason = error.response.status_code
-                is_passing = reason >= 500 or reason in (408, 429)
+                status = error.response.status_code
+                reason = f"the server answered {status}"
+                is_passing = status >= 500 or status in (408, 429)
                 if not is_passing:
                     break
-                wait = retry_after(error.response) or wait
+                delay = retry_after(error.response) or delay
             except requests.RequestException as error:
                 reason = type(error).__name__
                 if "CERTIFICATE_VERIFY_FAILED" in str(error):
@@ -313,15 +321,15 @@ class Downloads:
             except OSError as error:
                 if "TLS CA certificate" not in str(error):
                     raise
-                reason = error
+                reason = str(error)
                 advice = "set REQUESTS_CA_BUNDLE to a file that is there, or unset it"
                 break
             except ValueError as error:  # not what was announced: begin again
                 part.unlink(missing_ok=True)
-                reason = error
-            wait = min(wait, MAX_WAIT)
-            if reason == 429:  # too many requests, by all of us
-                self.pause_end = max(self.pause_end, time.monotonic() + wait)
+                reason = str(error)
+            delay = min(delay, MAX_WAIT)
+            if status == 429:  # too many requests, by all of us
+                self.pause_end = max(self.pause_end, time.monotonic() + delay)
         raise ContractError(f"no {url} ({reason}): {advice}")
 
     def sleep(self, seconds):
@@ -422,10 +430,11 @@ def python_files(roots):
 
 
 def python_documents(roots):
-    """Collect Python source below the root folders: {split: documents}, and files not readable.
+    """Return {split: documents}, Python source below the root folders, and the number left out.
 
-    A document is a top-level block. Order and split come from hashes of path and content: the same
-    environment gives the same corpus, shuffled; no file has blocks in two splits, none comes twice.
+    Left out are files that cannot be read. A document is a top-level block. Order and split come
+    from hashes of path and content: the same environment gives the same corpus, shuffled; no file
+    has blocks in two splits, none comes twice.
     """
     files, num_unreadable = python_files(roots)
     keyed = {"train": [], "val": [], "test": []}  # split: [(hash, document)]
@@ -436,7 +445,7 @@ def python_documents(roots):
         for block in re.split(r"\n{3,}(?=\S)", text.replace("\r\n", "\n")):
             document = block.strip("\n") + "\n"
             key = hashlib.sha256(document.encode()).digest()
-            is_new = key not in seen and document.strip()
+            is_new = key not in seen and not document.isspace()
             if is_new and num_chars < PYTHON_CORPUS_CHARS:
                 seen.add(key)
                 keyed[split].append((key, document))
@@ -531,8 +540,8 @@ def row_groups(paths, downloads):
             num_groups = file.num_row_groups
         for group in range(num_groups):
             downloads.check()
-            share = (group + 1) / num_groups  # of this shard
-            yield path, group, (sum(sizes[:i]) + share * sizes[i]) / sum(sizes)
+            bytes_done = sum(sizes[:i]) + (group + 1) / num_groups * sizes[i]
+            yield path, group, bytes_done / sum(sizes)
 
 
 # --- Tokenizer training ---------------------------------------------------------------------------
@@ -554,7 +563,8 @@ def training_texts(paths, downloads):
             yield from beginnings
             num_chars = sum(map(len, beginnings))
             so_far = progress.done + num_chars
-            progress.update(num_chars, max(min(so_far / share, TRAIN_CHARS) - so_far, 0))
+            in_all = min(so_far / share, TRAIN_CHARS)
+            progress.update(num_chars, left=max(in_all - so_far, 0))
         if progress.done >= TRAIN_CHARS:
             break
     progress.update(0, final=True)
@@ -930,7 +940,8 @@ class Dataloader(Iterator):
         """Return the next rows on the device, int64 (num_rows, seq_len + 1)."""
         rows = list(itertools.islice(self.rows, num_rows))
         if len(rows) < num_rows:
-            raise ContractError(f"too little text in {folder('tokens')} for {self.split} rows")
+            what = f"too little text in {folder('tokens')} for {self.split} rows"
+            raise ContractError(f"{what}: run `uv run prepare.py`")
         batch = torch.from_numpy(np.stack(rows).astype(np.int64))
         if self.device.type == "cuda":
             # Pinned anew each time: torch gives pinned memory out again only when its copy is done
@@ -1111,7 +1122,7 @@ def print_machine_state():
     """
     share = CLOCK.share_taken()
     memory = gpu_memory_of_others()
-    state = "busy" if share > MAX_LACKED or memory > MAX_OTHERS else "quiet"
+    state = "busy" if share > MAX_SHARE_TAKEN or memory > MAX_OTHERS_GIB else "quiet"
     what = f"took {share:.1%} of the processor time that training needed"
     print(f"machine {state}: others {what} and hold {memory:.1f} GiB of the GPU")
 
@@ -1155,7 +1166,7 @@ def check_unchanged(model, state, inputs, targets, vocab_size, scores):
     """
     refusal = "the model is not the same at every call, and evaluation is no training"
     again = score_batch(model, inputs, targets, vocab_size)
-    # Compared after the same rows: a mask that is made anew for a short batch is as it was by now
+    # Only now, after the same rows: a mask that a short batch made anew is as it was then
     after = copy_state(model)
     for name in {**state, **after}:
         is_same = name in state and name in after and torch.equal(state[name], after[name])
@@ -1198,7 +1209,8 @@ def check_idle_time():
     end = CLOCK.end or CLOCK.start + TIME_BUDGET
     idle = time.monotonic() - end
     if idle > MAX_IDLE:
-        raise ContractError(f"evaluation began {idle:.0f} s after the training time was over")
+        what = f"evaluation began {idle:.0f} s after the training time was over"
+        raise ContractError(f"{what}: at most {MAX_IDLE} s may pass between the two")
 
 
 def print_clock():
@@ -1263,7 +1275,7 @@ def download_flash_attention_3():
     of it. It runs in a process of its own, because it may wait for an answer without end. Raises
     RuntimeError with the reason if there is no package.
     """
-    # Version 1 is a branch. It fails unless the Hub trusts the organisation
+    # version=1 names a branch of that repository. The call fails unless the Hub trusts its owner
     install = 'kernels.install_kernel("kernels-community/flash-attn3", version=1)'
     command = [sys.executable, "-c", f"import kernels; print({install})"]
     try:
@@ -1328,13 +1340,16 @@ def main():
     )
     parser.add_argument("--num-shards", type=int, metavar="N", help=text)
     num_shards = parser.parse_args().num_shards
+    if num_shards is not None and CORPUS != "climbmix":
+        parser.error(f"--num-shards is for climbmix, and AUTORESEARCH_CORPUS is {CORPUS}")
     check_device()
     start = time.monotonic()
     home = CACHE_DIR / CORPUS
     try:
         home.mkdir(parents=True, exist_ok=True)
         with (home / "lock").open("w") as lock:
-            print(f"{CORPUS} in {home}, one prepare.py at a time", flush=True)
+            waits = "if another prepare.py is at work there, this one waits"
+            print(f"preparing {CORPUS} in {home}; {waits}", flush=True)
             os.lockf(lock.fileno(), os.F_LOCK, 0)  # freed when its process ends, however it ends
             if CORPUS == "climbmix":
                 wanted = climbmix_shards(num_shards)

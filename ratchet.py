@@ -2,7 +2,8 @@
 
     uv run ratchet.py --help
 
-Nobody edits this file during a night. It knows nothing of the model or of the metric.
+Nobody edits this file during a night. It knows nothing of the model, and of the metric only the
+name and which way is better.
 
 The life of an experiment:
 1. The agent edits train.py and calls `try`, which commits it on the last kept commit, the parent.
@@ -53,7 +54,7 @@ except ModuleNotFoundError:
 # --- The rule -------------------------------------------------------------------------------------
 # docs/rule.md explains it; tools/simulate_rule.py chose the numbers.
 
-METRIC = "val_bpb"  # the number that train.py's summary prints and that decides
+METRIC = "val_bpb"  # what train.py's summary prints and what decides; with test_ for val_ in final
 LOWER_IS_BETTER = True  # False for a metric that should rise
 ANY_DECREASE = False  # True keeps whatever is better at all, however little, after one run
 
@@ -203,10 +204,16 @@ def figure(number, significant=6):
     return f"{number:.{decimals}f}"
 
 
+SEED_AT_END = re.compile(r", seed (\d+)$")  # of a row's description
+
+
 def format_row(row):
-    """Return a row as a line of results.tsv."""
+    """Return a row as a line of results.tsv.
+
+    The first seed is left out, but where parse_row would take the last words for another one.
+    """
     words = " ".join(row.description.split())
-    if row.seed != SEEDS[0] or words == "baseline":
+    if row.seed != SEEDS[0] or words == "baseline" or SEED_AT_END.search(words):
         words += f", seed {row.seed}"
     value = figure(row.value)
     return f"{row.commit}\t{value}\t{row.memory_gb:.1f}\t{row.status}\t{words}\n"
@@ -224,7 +231,7 @@ def parse_row(line):
         raise ValueError(f"the status {status!r} is none of {', '.join(STATUSES)}")
     if not math.isfinite(float(value)):
         raise ValueError(f"{value} is not finite")
-    seed = re.search(r", seed (\d+)$", description)
+    seed = SEED_AT_END.search(description)
     if seed:
         description = description[: seed.start()]
     number = int(seed[1]) if seed else SEEDS[0]
@@ -354,7 +361,7 @@ def idea_ref(tag, commit):
 
 
 def full_commit(tag, commit):
-    """Return all forty digits of a commit of this night; raise Refused if there is no such."""
+    """Return all forty digits of an idea of this night, or of any commit; raise Refused if none."""
     for name in (idea_ref(tag, commit), commit):
         found = git_or_none("rev-parse", "--quiet", "--verify", "--end-of-options", f"{name}^0")
         if found:
@@ -379,7 +386,10 @@ def is_ancestor(old, new):
 def takes_out_code(old, new):
     """Tell whether train.py has lost more lines than it has gained."""
     counts = git("diff", "--numstat", old, new, "--", CANVAS).split()
-    return len(counts) >= 2 and counts[0].isdigit() and int(counts[1]) > int(counts[0])
+    if not counts:
+        return False
+    added, deleted = counts[:2]  # dashes for a binary file
+    return added.isdigit() and int(deleted) > int(added)
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -510,7 +520,7 @@ def start_run(night, need, slot, foreground):
         "commit": need.commit[:7],
         "seed": need.seed,
         "split": need.split,
-        "metric": METRIC if need.split == "val" else METRIC.replace("val", need.split),
+        "metric": re.sub("^val_", f"{need.split}_", METRIC),
         "command": [*command, sys.executable, CANVAS],
         "slot": slot,
         "wall": None if launch else WALL * hard_limit(night.base),  # a scheduler has its own
@@ -535,9 +545,13 @@ def start_run(night, need, slot, foreground):
 
 def be_runner(folder, *fds):
     """Be the runner of a run, whose locks are in these file descriptors."""
-    # A client may end a call with all that descends from it, sessions of their own included
-    if os.getsid(0) == os.getpid() and os.fork():
-        os._exit(0)
+    # A client may end a call with all that descends from it, sessions of their own included: the
+    # runner is a child whose parent has ended
+    leads_session = os.getsid(0) == os.getpid()
+    if leads_session:
+        child = os.fork()
+        if child:
+            os._exit(0)
     folder = Path(folder)
     (folder / "alive").write_text(str(os.getpid()))
     # The training holds the device's lock, too: if this process dies, it still has the device
@@ -572,6 +586,8 @@ def run_training(folder, lock_fds):
         except subprocess.TimeoutExpired:
             why = "it hung before its own wall at HARD_LIMIT was armed"
             ended_by = {"word": "crash", "why": why}
+        for request in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(request, signal.SIG_IGN)  # a second stop would lose the result
         if ended_by:
             training.terminate()
             try:
@@ -597,10 +613,14 @@ def show_log(log):
 def keep_log(log):
     """Put a copy in place of the link, so that `> run.log` by hand writes over no run's log."""
     shown = ROOT / "run.log"
+    copy = ROOT / f".run.log.{os.getpid()}"
     if shown.is_symlink() and shown.resolve() == log.resolve():
-        copy = ROOT / f".run.log.{os.getpid()}"
-        shutil.copyfile(log, copy)
-        copy.replace(shown)
+        try:
+            shutil.copyfile(log, copy)
+            copy.replace(shown)
+        except OSError as error:  # a full disk; the run counts all the same
+            copy.unlink(missing_ok=True)
+            print(f"no copy of the log in {ROOT}: {error}", file=sys.stderr)
 
 
 def read_log(path):
@@ -627,8 +647,8 @@ def last_words(text):
     _, traceback, rest = text.rpartition("Traceback (most recent call last):\n")
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if traceback:
-        flush = [line for line in rest.split("\n") if line and not line.startswith(" ")]
-        lines = flush[:1] or lines
+        unindented = [line for line in rest.split("\n") if line and not line.startswith(" ")]
+        lines = unindented[:1] or lines  # the error; what stands before it is the stack
     return lines[-1][:LINE] if lines else "it printed nothing"
 
 
@@ -713,7 +733,11 @@ def is_going(folder):
 
 
 def attempts(tag, commit, seed=None, since=0.0, split="val"):
-    """Return the Trainings of a commit in this night, in order of time; seed: only this one's."""
+    """Return the Trainings of a commit on a split in this night, in order of time.
+
+    seed: only this one's; since: only those that started later. The second one under a seed that
+    was killed counts as crashed.
+    """
     found = []
     for path in RUNS.glob(f"{commit[:7]}-*/job.json"):
         job = read_json(path)
@@ -836,14 +860,22 @@ class Night:
         if self.head == self.kept:
             return None
         if not is_ancestor(self.kept, self.head):
-            raise Refused(f"HEAD does not come from the kept {self.kept[:7]}: git switch to it")
+            raise Refused(
+                f"the branch does not contain the kept {self.kept[:7]}, and has to go on from it:"
+                f" git reset --keep {self.kept[:7]}"
+            )
         edits = git("rev-list", "--first-parent", f"{self.kept}..HEAD", "--", CANVAS).split()
         if not edits:
             return None
+        if len(edits) > 1:
+            raise Refused(
+                f"{len(edits)} commits after the kept {self.kept[:7]} edit {CANVAS}, and one may:"
+                f" git reset --keep {edits[-1][:7]}"
+            )
         if edits != [self.head]:
             raise Refused(
-                f"HEAD is {len(edits)} edits of {CANVAS} off the kept {self.kept[:7]}, and has to"
-                f" be one at most: git reset --keep {edits[-1][:7]}"
+                f"there are commits after the idea {edits[0][:7]}:"
+                f" git reset --keep {edits[0][:7]} takes them off"
             )
         rest = (":(top)", f":(exclude){CANVAS}")
         others = git("diff", "--name-only", f"{self.head}^", self.head, "--", *rest).splitlines()
@@ -965,7 +997,7 @@ def running(night, call):
 
 def step(night, call):
     """Do what can be done now; return the Answer, or None while a run is awaited."""
-    idea = settle(night, call)
+    pending = settle(night, call)
     if night.baseline_left:
         going = any(training.word == "going" for training in night.attempts(night.base))
         if night.over() and not going:
@@ -976,8 +1008,8 @@ def step(night, call):
     wave = read_wave()
     if wave:
         ideas = [commit for commit in wave["ideas"] if not night.rows_of(commit)]
-    elif idea:
-        ideas = [idea]
+    elif pending:
+        ideas = [pending]
     else:
         return next_step(night)
 
@@ -1050,7 +1082,7 @@ def book_parent(night, call):
     """Book finished runs of the baseline, and of the kept commit beside an idea."""
     for training in night.valid(night.kept):
         booked = [(row.seed, row.value) for row in night.rows_of(night.kept)]
-        if (training.seed, training.value) in booked:  # an equal value is no other run
+        if (training.seed, training.value) in booked:
             continue
         words = PARENT_AGAIN
         if night.kept == night.base and training.seed in night.baseline_left:
@@ -1124,11 +1156,12 @@ def decide(night, idea):
     verdict = judge(runs, parent, noise, takes_out_code(night.kept, idea))
     if not second:
         if verdict.word == "repeat" and not same_losses(night, first):
-            (first.folder / UNCLEAR).touch()  # once said, it holds: both run again, whatever comes
+            # On disk, so that it holds: the noise may have changed when the second runs are done
+            (first.folder / UNCLEAR).touch()
         if is_unclear(night, idea):
             needs = [Need(night.kept, SEEDS[1], first.started), Need(idea, SEEDS[1])]
             return [need for need in needs if not night.valid(*need)], None, trainings
-    if verdict.word == "repeat":
+    if verdict.word == "repeat":  # no effect, or no noise to judge by even after two runs
         verdict = verdict._replace(word="discard")
     return [], verdict, trainings
 
@@ -1144,8 +1177,8 @@ def same_losses(night, training):
     for other in night.valid(night.kept, training.seed):
         theirs = other.result["losses"]
         common = ours.keys() & theirs.keys()
-        beyond_first = [step for step in common if int(step) > 1]
-        if len(beyond_first) >= 2 and all(ours[step] == theirs[step] for step in common):
+        beyond_first = [number for number in common if int(number) > 1]  # steps
+        if len(beyond_first) >= 2 and all(ours[number] == theirs[number] for number in common):
             return True
     return False
 
@@ -1251,7 +1284,7 @@ def rows_of_ideas(night, call, decided, crashed):
 
 
 def verdict_on(night, commit):
-    """Return the Answer that the ledger gives on an idea."""
+    """Return the Answer that the ledger gives on an idea, with the bar and the noise of now."""
     found = [e for e in night.experiments if e.commit == commit[:7]]
     if not found:
         return Answer("DISCARD", f"{commit[:7]} was dropped, and nothing is booked")
@@ -1354,7 +1387,7 @@ def verb_start(options, call):
             if options.renew:
                 facts["launch"] = options.launch or (read_facts(tag) or facts)["launch"]
                 write_facts(tag, f"refs/tags/base/{branch}^0", facts)
-            elif any(facts[name] for name in limits):
+            elif any(facts.values()):
                 call.say(f"{branch} has begun before: its limits stay (--renew: for the person)")
             if git_or_none("symbolic-ref", "--quiet", "--short", "HEAD") != branch:
                 refuse_edits(edited_files())
@@ -1377,6 +1410,7 @@ def begin_night(tag, facts):
 
 
 def refuse_edits(names):
+    """Raise Refused if there is a name of a file among these."""
     for name in names:
         raise Refused(f"{name} has uncommitted edits: commit or undo them")
 
@@ -1446,8 +1480,8 @@ def commit_idea(night, call, crashed, words):
             night.book([crash_row(crashed, old)])
             call.say(f"{crashed[:7]} is booked as a crash: {old}"[:LINE])
         words = words or old
-    quiet = ("--quiet", "--no-verify", "--no-gpg-sign")  # past hooks and keys
-    git("commit", *quiet, *amend, "-F", "-", "--", CANVAS, stdin=words.encode())
+    options = ("--quiet", "--no-gpg-sign", *amend)
+    git("commit", *options, "-F", "-", "--", CANVAS, stdin=words.encode())
     return git("rev-parse", "HEAD")
 
 
@@ -1495,7 +1529,10 @@ def drop_kept(night, call, why):
         raise Refused("there is nothing to drop: no idea is pending, and the last one is not kept")
     commit = night.kept
     if night.head != commit:
-        raise Refused(f"HEAD is not the kept {last.commit}: git switch to it")
+        raise Refused(
+            f"there are commits after the kept {last.commit}:"
+            f" git reset --keep {last.commit} takes them off"
+        )
     lines = []
     for line in LEDGER.read_text("utf-8").splitlines(keepends=True):
         if line.startswith(last.commit):
@@ -1515,7 +1552,8 @@ def verb_look(options, call):
     except NoNight as error:
         return Answer("NEXT", str(error))
     night = Night()
-    call.lines = call.lines[-2:] + night.notes[:1] + look_lines(night)
+    said = [*night.notes[:1], *call.lines][-2:]
+    call.lines = said + look_lines(night, num_near=2 - len(said))
     return answer
 
 
@@ -1537,8 +1575,11 @@ def limits_line(night):
     return f"{night.tag}: {'; '.join(parts)}"
 
 
-def look_lines(night):
-    """Return what a session that knows nothing has to know: at most 13 lines."""
+def look_lines(night, num_near):
+    """Return what a session that knows nothing has to know, with so many of the near misses.
+
+    Without those, they are at most 12 lines.
+    """
     lines = [limits_line(night)]
     base = [row.run for row in night.rows if row.commit == night.base[:7]]
     if not base:
@@ -1553,14 +1594,13 @@ def look_lines(night):
         gain = f"+{figure(experiment.gain, 3)}"
         lines.append(shorten(f"kept {experiment.commit} {gain} {experiment.idea}"))
     lines += axis_lines(night)
-    for experiment in near_misses(night)[:2]:
+    for experiment in near_misses(night)[:num_near]:
         needed = judge(experiment.runs, experiment.parent_runs, night.noise).bar
         gain = f"+{figure(experiment.gain, 3)} of {figure(needed, 3)}"
         lines.append(shorten(f"near {experiment.commit} {gain} {experiment.idea}"))
     for row in night.rows[-2:]:
-        words = format_row(row).split("\t")
-        words[2] += " GB"
-        lines.append(shorten(" ".join(["row ", *words]).strip()))
+        commit, value, memory_gb, status, words = format_row(row).strip().split("\t")
+        lines.append(shorten(f"row  {commit} {value} {memory_gb} GB {status} {words}"))
     others = [name for name in edited_files() if name != CANVAS]
     if others:
         lines.append(shorten(f"edited and left alone: {', '.join(others)}"))
@@ -1645,7 +1685,8 @@ def verb_stop(options, call):
         while is_going(folder):
             runner = (folder / "alive").read_text()  # empty until the runner is up
             if runner and not asked:
-                os.kill(int(runner), signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                    os.kill(int(runner), signal.SIGTERM)
                 asked = True
                 call.say(f"stopped {folder.name}")
             time.sleep(POLL_SECONDS[0])
@@ -1830,7 +1871,8 @@ def main():
         answer = Answer("REFUSED", f"{error.filename or 'ratchet.py'}: {error.strerror or error}")
     except KeyboardInterrupt:
         answer = Answer("RUNNING", f"what was started goes on: {ME} wait, or {ME} stop")
-    for line in call.lines[-(most - 1) :]:
+    first = max(len(call.lines) - (most - 1), 0)
+    for line in call.lines[first:]:
         print(line)
     print(answer.word, " ".join(answer.text.split()))
     return ANSWERS[answer.word][0]

@@ -2,9 +2,7 @@
 
     uv run train.py > run.log 2>&1
 
-As shipped, on 2 cores of an Intel Xeon in float32 with the python corpus: val_bpb 1.1240 after 528
-steps, 1.1289 and 1.1243 with two other seeds (n = 1 each). The sizes for a GPU are the published
-ones; they gave 0.9979 on an H100 (n = 1, by the original's count of bytes).
+The sizes for a GPU are the published ones. What this file reaches stands in README.md, "Measured".
 
 Sections: hyperparameters, attention, model, optimizer, schedules, device, main. What an experiment
 may not touch (data, tokenizer, clock, metric, seed) comes from prepare.py.
@@ -34,16 +32,17 @@ import prepare
 
 DEPTH = 8  # layers; the main size knob
 ASPECT_RATIO = 64  # model_dim = DEPTH * ASPECT_RATIO, rounded up to whole heads
-HEAD_DIM = 128  # channels a head
+HEAD_DIM = 128  # channels per head
 WINDOW_PATTERN = "SSSL"  # S: short, L: the full context; cycled over the layers, ends on its last
 SHORT_WINDOW = 1 / 2  # share of the context that a short window covers
 SOFTCAP = 15  # logits stay between -SOFTCAP and SOFTCAP; under 80, see head_loss
 LOSS_SLICE = 2**14  # tokens whose logits are in memory at once
 ROPE_BASE = 10_000  # of the rotary embedding; larger for long contexts
+GATE_CHANNELS = 32  # of the residual stream that decide how much of a value embedding is added
 SHIFT_KEYS = False  # whether layers with the full context look for a token by the one before it
 
-TOTAL_BATCH_SIZE = 2**19  # tokens an optimizer step, in whole rows
-DEVICE_BATCH_SIZE = 128  # rows a forward pass, at most; fewer are taken where memory is short
+TOTAL_BATCH_SIZE = 2**19  # tokens per optimizer step, in whole rows
+DEVICE_BATCH_SIZE = 128  # rows per forward pass, at most; fewer are taken where memory is short
 
 EMBEDDING_LR = 0.6  # AdamW: all embedding tables, at model_dim 768
 UNEMBEDDING_LR = 0.004  # AdamW: lm_head, at model_dim 768
@@ -51,6 +50,10 @@ MATRIX_LR = 0.04  # Muon: matrices in the blocks
 SCALAR_LR = 0.5  # AdamW: x0_lambda; a hundredth of it for all other scalars and vectors
 WEIGHT_DECAY = 0.2  # Muon, cautious, falling to 0
 ADAM_BETAS = (0.8, 0.95)  # decay of the first and second moment
+X0_BETAS = (0.96, 0.95)  # the same for x0_lambda
+MUON_MOMENTUM = (0.85, 0.95)  # at the first step, and after MUON_MOMENTUM_STEPS
+MUON_MOMENTUM_STEPS = 300
+MUON_BETA2 = 0.95  # decay of Muon's second moment
 
 WARMUP_RATIO = 0.0  # share of the time budget in which the rates rise
 WARMDOWN_RATIO = 0.5  # share of the time budget in which they fall
@@ -76,7 +79,8 @@ if not ON_CUDA:  # a CPU or Apple silicon: what differs from the above, tuned on
 
 def first_line(error):
     """Return the kind of an error and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    message, _, _ = str(error).strip().partition("\n")
+    return f"{type(error).__name__}: {message}"
 
 
 def choose_attention(device):
@@ -113,9 +117,10 @@ def flash_attention_3():
 
 
 def masked_attention(q, k, v, mask):
-    """Attend from q (..., T, H, D) to k, v (..., S, H_kv, D) where mask (..., T, S) is true.
+    """Attend from q (..., T, H, D) to k, v (..., S, H_kv, D) where the mask is true.
 
-    Written out, as on a CPU torch's flash kernel took half as long again.
+    The mask broadcasts to (..., H_kv, H / H_kv, T, S). The formula is written out, because on a CPU
+    torch's flash kernel took half as long again.
     """
     q = q.unflatten(-2, (k.size(-2), -1))  # (..., T, H_kv, H / H_kv, D)
     scores = torch.einsum("...tghd,...sgd->...ghts", q, k) * q.size(-1) ** -0.5
@@ -255,7 +260,9 @@ class Attention(nn.Module):
         self.c_k = Linear(model_dim, n_kv_head * self.head_dim, std)
         self.c_v = Linear(model_dim, n_kv_head * self.head_dim, std)
         self.c_proj = Linear(n_head * self.head_dim, model_dim, std=0)
-        self.gate = Linear(min(32, model_dim), n_kv_head, std=0) if has_value_embed else None
+        self.gate = None
+        if has_value_embed:
+            self.gate = Linear(min(GATE_CHANNELS, model_dim), n_kv_head, std=0)
         self.shifts_keys = shifts_keys
         self.attend = attend
 
@@ -265,7 +272,7 @@ class Attention(nn.Module):
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
         if value_embed is not None:
-            gate = 2 * torch.sigmoid(self.gate(x[..., :32]))  # (B, T, H_kv)
+            gate = 2 * torch.sigmoid(self.gate(x[..., :GATE_CHANNELS]))  # (B, T, H_kv)
             v = v + gate[..., None] * value_embed.view(v.shape)
         if self.shifts_keys:
             k = shift_keys(k)
@@ -427,15 +434,23 @@ class GPT(nn.Module):
         return SlicedLoss.apply(x, self.lm_head.weight, targets, self.loss_and_grads)
 
     def params_by_kind(self):
-        """Return {kind: parameters}: tables, what has a kind in its name, and the rest by shape."""
+        """Return {kind: parameters}; make_optimizers has the settings of each kind."""
         kinds = ("embeddings", "lm_head", "x0_lambda", "vectors", "matrices")
         params = {kind: [] for kind in kinds}
         for name, p in self.named_parameters():
-            kind = "vectors" if p.ndim < 2 else "matrices"  # vectors: scalars, too
-            kind = next((part for part in name.split(".") if part in kinds), kind)
-            if isinstance(self.get_submodule(name.rpartition(".")[0]), nn.Embedding):
+            parts = name.split(".")
+            owner = self.get_submodule(".".join(parts[:-1]))
+            if isinstance(owner, nn.Embedding):
                 kind = "embeddings"
-            if kind == "matrices" and not name.startswith("blocks."):
+            elif "lm_head" in parts:
+                kind = "lm_head"
+            elif "x0_lambda" in parts:
+                kind = "x0_lambda"
+            elif p.ndim < 2:  # scalars, too
+                kind = "vectors"
+            elif parts[0] == "blocks":
+                kind = "matrices"
+            else:
                 sys.exit(f"train.py: no optimizer for {name}: give it a kind in params_by_kind")
             params[kind].append(p)
         return params
@@ -488,8 +503,8 @@ def orthogonalize(grad, dtype):
 def muon_update(params, grads, buffer, second_moment, lr, momentum, weight_decay, beta2, dtype):
     """Update stacked params (n, r, c) in place.
 
-    buffer (n, r, c), the momentum, and second_moment, (n, r, 1) or (n, 1, c), a longer side, are
-    state; lr, momentum and weight_decay are tensors, so that a new value compiles nothing.
+    State: buffer (n, r, c) is the momentum; second_moment is (n, r, 1) if r >= c, else (n, 1, c).
+    lr, momentum and weight_decay are tensors, so that a new value compiles nothing.
     Muon: Jordan et al., kellerjordan.github.io/posts/muon. NorMuon: Li et al., arXiv 2510.05491.
     Cautious weight decay: Chen et al., arXiv 2510.12402.
     """
@@ -509,7 +524,7 @@ def muon_update(params, grads, buffer, second_moment, lr, momentum, weight_decay
 class Muon(torch.optim.Optimizer):
     """Muon for (stacks of) matrices, all of one shape in one stacked update; see muon_update."""
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, beta2=0.95, compiled=False):
+    def __init__(self, params, lr, momentum, weight_decay, beta2, compiled=False):
         shapes = {}
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
@@ -551,11 +566,12 @@ def make_optimizers(model, compiled=False):
     """Return [AdamW, Muon]; every kind of parameter must have its settings here."""
     kinds = model.params_by_kind()
     scale = (model.wte.embedding_dim / 768) ** -0.5
-    muon = Muon(kinds.pop("matrices"), MATRIX_LR, weight_decay=WEIGHT_DECAY, compiled=compiled)
+    matrices = kinds.pop("matrices")
+    muon = Muon(matrices, MATRIX_LR, muon_momentum(0), WEIGHT_DECAY, MUON_BETA2, compiled)
     settings = {
         "embeddings": {"lr": EMBEDDING_LR * scale},
         "lm_head": {"lr": UNEMBEDDING_LR * scale},
-        "x0_lambda": {"lr": SCALAR_LR, "betas": (0.96, 0.95)},
+        "x0_lambda": {"lr": SCALAR_LR, "betas": X0_BETAS},
         "vectors": {"lr": SCALAR_LR / 100},
     }
     groups = [{"params": params, **settings[kind]} for kind, params in kinds.items()]
@@ -579,8 +595,9 @@ def lr_multiplier(progress):
 
 
 def muon_momentum(step):
-    """Return Muon's momentum at a step: 0.85, rising to 0.95."""
-    return 0.85 + 0.10 * min(step / 300, 1)
+    """Return Muon's momentum at a step."""
+    first, last = MUON_MOMENTUM
+    return first + (last - first) * min(step / MUON_MOMENTUM_STEPS, 1)
 
 
 def muon_weight_decay(progress):
@@ -627,8 +644,8 @@ def choose_dtype(device):
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
-        # On 2 cores of an AMD Zen 5 matrix products ran over 4 times faster than in float32, on a
-        # Zen 3, which has to emulate it, 25 times slower
+        # On 2 cores of an AMD Zen 5, matrix products in bf16 ran over 4 times faster than in
+        # float32. A Zen 3 has to emulate bf16, and was 25 times slower
         flags = torch.cpu.get_capabilities()
         has_bf16 = flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16")
     else:
@@ -637,9 +654,9 @@ def choose_dtype(device):
 
 
 def tune_cpu():
-    """Set what makes CPU training faster; measured on AMD Zen 5 with 2 cores."""
+    """Silence what torch says of a missing GPU or compiler, and keep freed memory for reuse."""
     for library in ("torch.utils.cpp_extension", "torch._inductor.scheduler"):
-        logging.getLogger(library).setLevel(logging.CRITICAL + 1)  # of no CUDA, no compiler
+        logging.getLogger(library).setLevel(logging.CRITICAL + 1)
     # Handing every large tensor back to the kernel costs a page fault for each of its pages
     libc = ctypes.CDLL(None)
     M_TRIM_THRESHOLD = -1  # these two are from malloc.h
@@ -650,20 +667,18 @@ def tune_cpu():
 
 
 def compile_model(model, device):
-    """Compile what takes the time, in place; return the model.
-
-    It is the loss, and for a GPU the trunk, for a CPU the blocks.
-    """
-    # Else a graph with an autograd.Function in it, as ReluSquared is, is traced anew in every run.
-    # An operator of torch.library is known to this cache by its name alone: edited, rename it
+    """Compile the loss, and the whole trunk on a GPU or each block on a CPU; return the model."""
+    # Without this, torch traces a graph with an autograd.Function in it, as ReluSquared is, anew in
+    # every run. This cache knows an operator of torch.library by its name alone: rename it when you
+    # edit it
     functorch_config.autograd_cache_allow_custom_autograd_functions = True
     options = {}
     if device.type == "cuda":
         # Whole, as kernels then reach across blocks: by tools/step.py 3.5 % faster than by blocks
         model.trunk = torch.compile(model.trunk, dynamic=False)
     else:
-        # By blocks, which share code. Not tested, to save seconds: that the C++ compiler knows the
-        # CPU's vector instructions
+        # By blocks, which share code. vec_isa_ok skips a test, which takes seconds, of whether the
+        # C++ compiler knows the CPU's vector instructions
         options = {"cpp.vec_isa_ok": True}
         for block in model.blocks:
             block.compile(dynamic=False, options=options)
@@ -743,7 +758,7 @@ def main():
     backend = choose_attention(device)
     use_compile = device.type != "mps"
 
-    # Model and warm-up. Memory decides the rows of a pass, the compiler whether there is one
+    # Model and warm-up. If memory is short, try fewer rows; if the compiler fails, do without it
     n_head = math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)
     model_dim = n_head * HEAD_DIM
     max_rows = DEVICE_BATCH_SIZE
@@ -754,9 +769,17 @@ def main():
     rows_a_step = max(1, TOTAL_BATCH_SIZE // seq_len)
     rows = largest_divisor(rows_a_step, max_rows)
     while True:
-        args = (vocab_size, context, DEPTH, model_dim, n_head, n_head, backend, dtype, device)
+        settings = {
+            "depth": DEPTH,
+            "model_dim": model_dim,
+            "n_head": n_head,
+            "n_kv_head": n_head,
+            "backend": backend,
+            "dtype": dtype,
+            "device": device,
+        }
         try:
-            model = GPT(*args)
+            model = GPT(vocab_size, context, **settings)
             if use_compile:
                 compile_model(model, device)
             optimizers = make_optimizers(model, compiled=use_compile and ON_CUDA)
@@ -770,8 +793,8 @@ def main():
                 print(f"out of memory with {rows} rows a forward pass, trying {fewer}")
                 rows = fewer
             elif isinstance(cause_of(error), OSError):
-                advice = "make it writable, or set TORCHINDUCTOR_CACHE_DIR"
-                sys.exit(f"train.py: {cause_of(error)}: {advice}")
+                needs = "the compiler needs a folder with room that it may write to"
+                sys.exit(f"train.py: {cause_of(error)}: {needs}; TORCHINDUCTOR_CACHE_DIR names one")
             elif use_compile:
                 print(f"torch.compile failed, running eagerly: {first_line(error)}")
                 use_compile = False
@@ -785,7 +808,9 @@ def main():
     free_gpu_memory()
     passes_a_step = rows_a_step // rows
     torch.manual_seed(prepare.SEED)
-    model.load_state_dict(GPT(*args).state_dict())  # fresh: warm-up has trained these
+    fresh = GPT(vocab_size, context, **settings)  # warm-up has trained the other one
+    model.load_state_dict(fresh.state_dict())
+    del fresh
     loader = prepare.make_dataloader(tokenizer, rows, seq_len, "train", device)
     flops_per_token = model.flops_per_token()
     num_params = model.num_params()
@@ -828,7 +853,7 @@ def main():
         loss_sum.zero_()
 
         is_due = step == 1 or loader.elapsed - shown_seconds >= report_seconds
-        if is_due or not ON_CUDA:  # reading the loss makes the host wait for the GPU
+        if is_due or device.type == "cpu":  # reading the loss makes the host wait for a GPU
             train_loss = smooth_loss.item()
             if not math.isfinite(train_loss):
                 sys.exit(f"train.py: the loss is not finite at step {step}")
@@ -852,7 +877,8 @@ def main():
     if on_terminal:
         print()
     if step == 0:
-        sys.exit("train.py: no step was finished")
+        advice = "make the model or TOTAL_BATCH_SIZE smaller"
+        sys.exit(f"train.py: no step was finished in {prepare.TIME_BUDGET} s: {advice}")
     if not math.isfinite(smooth_loss.item()):
         sys.exit("train.py: the loss is not finite")
     training_seconds = loader.elapsed

@@ -408,7 +408,7 @@ EDITS |= {
 # ------------------------------------------------------------------------------------------------
 # Optimizer, schedule, loop
 
-MUON = 'Muon(kinds.pop("matrices"), MATRIX_LR, weight_decay=WEIGHT_DECAY, compiled=compiled)'
+MUON = "Muon(matrices, MATRIX_LR, muon_momentum(0), WEIGHT_DECAY, MUON_BETA2, compiled)"
 
 
 @edit(1)
@@ -462,13 +462,13 @@ def lion_for_the_matrices(source):
     return patch(
         source,
         ("def make_optimizers(", lion + "def make_optimizers("),
-        (MUON, 'Lion(kinds.pop("matrices"), 3e-4, weight_decay=WEIGHT_DECAY)'),
+        (MUON, "Lion(matrices, 3e-4, weight_decay=WEIGHT_DECAY)"),
     )
 
 
 @edit(1, lambda run: type(run.optimizers[1]) is torch.optim.AdamW)
 def adamw_for_the_matrices(source):
-    return patch(source, (MUON, 'torch.optim.AdamW(kinds.pop("matrices"), 3e-3, ADAM_BETAS)'))
+    return patch(source, (MUON, "torch.optim.AdamW(matrices, 3e-3, ADAM_BETAS)"))
 
 
 @edit(4, lambda run: run.module.lr_multiplier(0.5) == pytest.approx(0.5))

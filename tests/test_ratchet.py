@@ -1868,7 +1868,7 @@ SHRINK = {
         (r"^TIME_BUDGET = .*", "TIME_BUDGET = 2"),
         (r"^EVAL_TOKENS = .*", "EVAL_TOKENS = 2 * MAX_SEQ_LEN"),
         (r"^PROBE_ROWS = .*", "PROBE_ROWS = 2"),
-        (r"^(MAX_LACKED.* = )0\.1", r"\g<1>1.1"),  # other tests run beside this one
+        (r"^(MAX_SHARE_TAKEN = )0\.1", r"\g<1>1.1"),  # other tests run beside this one
     ),
     "train.py": (
         (r"^DEPTH = .*", "DEPTH = 1"),

@@ -639,7 +639,7 @@ def test_orthogonalize_by_singular_values(shape, dtype):
 def run_muon(weights, grads, lr=0.02, momentum=0.9, weight_decay=0.0):
     """Give each parameter its gradients, one list a step, and return the parameters at the end."""
     params = [torch.nn.Parameter(w.clone()) for w in weights]
-    muon = train.Muon(params, lr, momentum=momentum, weight_decay=weight_decay)
+    muon = train.Muon(params, lr, momentum, weight_decay, train.MUON_BETA2)
     for step in grads:
         for p, g in zip(params, step, strict=True):
             p.grad = g.clone()

@@ -288,12 +288,17 @@ def measure_quality():
 # --- Data -----------------------------------------------------------------------------------------
 
 
+def all_texts(paths):
+    """Yield the texts of these shards, one by one."""
+    for path in paths:
+        for group in range(pq.ParquetFile(path).num_row_groups):
+            for texts in prepare.read_texts(path, group):
+                yield from texts
+
+
 def obvious_loader(tokenizer, batch_size, row_len):
     """Yield batches tokenised on the fly and packed by scanning a list, as loaders mostly do."""
-    paths = itertools.cycle(prepare.shard_paths("data", "train"))
-    texts = itertools.chain.from_iterable(
-        itertools.chain.from_iterable(map(prepare.read_texts, paths))
-    )
+    texts = all_texts(itertools.cycle(prepare.shard_paths("data", "train")))
     buffer = []
     while True:
         rows = []
@@ -377,10 +382,7 @@ def measure_prepare():
         peak = result(prepare_alone, Path(cache))
         took = time.monotonic() - begin
     paths = [path for s in ("train", "val", "test") for path in prepare.shard_paths("data", s)]
-    texts = []
-    for path in paths:
-        for group in range(pq.ParquetFile(path).num_row_groups):
-            texts += itertools.chain.from_iterable(prepare.read_texts(path, group))
+    texts = list(all_texts(paths))
     alone = []
     one_core = []
     serial = []

@@ -32,9 +32,8 @@ SMALLER = {  # a training that starts in seconds, and shares its machine
         "TIME_BUDGET": 15,
         "HARD_LIMIT": 120,
         "EVAL_TOKENS": 2**13,
-        "MAX_LACKED": 1.0,
+        "MAX_SHARE_TAKEN": 1.0,
     },
-    "train.py": {"DEPTH": 2},
 }
 EAGER = ('device.type != "mps"', "False")
 NO_DECISION = ("RUNNING", "BUSY")  # last words after which `wait` goes on
@@ -263,8 +262,8 @@ def meanwhile(action):
 def walk_two_ideas(night, slurm):
     """Two ideas run at once, and each gets its row."""
     ideas = [
-        night.idea("slower matrices", {"MATRIX_LR": 0.02}),
-        night.idea("faster tables", {"EMBEDDING_LR": 0.4}),
+        night.idea("a slower head", {"UNEMBEDDING_LR": 0.002}),
+        night.idea("less weight decay", {"WEIGHT_DECAY": 0.1}),
     ]
     with meanwhile(lambda: wait_until(two_run) if slurm else True) as two_ran:
         word = night.until_decided("wave", *ideas, "--jobs", "2")
