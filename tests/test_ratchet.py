@@ -4,6 +4,7 @@ train.py is a stand-in that prints what a run prints, in milliseconds; prepare.p
 are stubs. Every call is a process of its own, as the agent's are.
 """
 
+import errno
 import json
 import math
 import os
@@ -305,6 +306,8 @@ def test_start_goes_on_with_a_night_and_keeps_its_limits(agent):
     word, out = agent.call("start", "nov21", "--experiments", "99")
     assert word == "NEXT"
     assert "0 of 20" in out
+    for limit in (["--experiments", "99"], ["--launch", "env"]):
+        assert "its limits stay" in agent.call("start", "nov21", *limit)[1]
     assert agent.git("branch", "--show-current") == "autoresearch/nov21"
     assert len(agent.calls()) == 3
     assert "0 of 99" in agent.call("start", "nov21", "--experiments", "99", "--renew")[1]
@@ -983,13 +986,16 @@ def test_an_idea_committed_by_hand_is_run(agent):
     assert agent.told() == [("keep", "wider by hand")]
 
 
-@pytest.mark.parametrize("case", ["two ideas", "another file", "elsewhere"])
+@pytest.mark.parametrize("case", ["two ideas", "a note on it", "another file", "elsewhere"])
 def test_what_is_no_idea_of_the_kept_commit_is_refused(agent, case):
     agent.edit(0.9960)
     agent.git("commit", "-qam", "one")
     if case == "two ideas":
         agent.edit(0.9950)
         agent.git("commit", "-qam", "two")
+    elif case == "a note on it":
+        agent.write("notes.md", "more")
+        agent.git("commit", "-qam", "note")
     elif case == "another file":
         agent.write("notes.md", "more")
         agent.git("commit", "-qa", "--amend", "--no-edit")
@@ -1002,6 +1008,11 @@ def test_what_is_no_idea_of_the_kept_commit_is_refused(agent, case):
     for words in (["look"], ["wait"], ["try", "width: x"], ["drop", "x"]):
         assert one_line(agent.call(*words), "REFUSED")
     assert (agent.rows(), agent.head()) == before
+    advice = re.search(r"git (reset --keep \w+)", agent.call("look")[1])
+    if advice:  # it helps
+        agent.git(*advice[1].split())
+        assert agent.call("look")[0] in ("NEXT", "KEEP")
+    assert bool(advice) == (case != "another file")
 
 
 def wait_for(path):
@@ -1460,6 +1471,39 @@ def test_the_answers_of_an_experiment_are_short(agent):
     _, looked = agent.call("look")
     assert looked.count("\n") == 15
     assert len((tried + looked).encode()) < 2000
+    with (agent.folder / "results.tsv").open("a") as ledger:
+        ledger.write("a stray line\n")
+    agent.edit(0.4)
+    _, looked = agent.call("look")  # a warning is worth more than a near miss
+    assert looked.count("\n") <= 15
+    assert "is left out" in looked and "notes.md" in looked and "kept " in looked
+
+
+@pytest.mark.parametrize("words", ["x: y", "x: y, seed 43", "x: y, seed 42", "x: seed 43, seed 43"])
+@pytest.mark.parametrize("seed", [42, 43])
+def test_a_row_is_read_as_it_was_written(words, seed):
+    row = ratchet.Row("abcdef1", 0.9, 44.0, "discard", words, seed)
+    assert ratchet.parse_row(ratchet.format_row(row)) == row
+
+
+def test_a_full_disk_does_not_lose_a_result_for_the_copy_of_its_log(tmp_path, monkeypatch, capsys):
+    log = tmp_path / "runs" / "run.log"
+    log.parent.mkdir()
+    log.write_text("step 1")
+    monkeypatch.setattr(ratchet, "ROOT", tmp_path)
+    ratchet.show_log(log)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(shutil, "copyfile", raises(full))
+    ratchet.keep_log(log)
+    assert "No space left" in capsys.readouterr().err
+    assert (tmp_path / "run.log").read_text() == "step 1"
+
+
+def raises(error):
+    def function(*args, **kwargs):
+        raise error
+
+    return function
 
 
 @pytest.mark.slow
@@ -1471,6 +1515,7 @@ def test_show(agent):
     assert "width: worse" in out and "+VALUES" in out and "| depth:" in out
     agent.git("config", "color.ui", "always")
     assert agent.call("show", commit, lines=60)[1] == out
+    assert agent.call("show", "--lines", "1", commit)[1].count("\n") == 1
     agent.attempt("width: typo", text="import oss\n")
     assert "No module named" in agent.call("show", "HEAD", lines=60)[1]
     assert one_line(agent.call("show", "1234567"), "REFUSED")

@@ -266,6 +266,12 @@ def test_query_sees_itself_and_the_window_before_it(backend, window):
     assert moved.tolist() == [cut <= t <= cut + window for t in range(T)]
 
 
+@pytest.mark.parametrize("message", ["", " \n", "why\nwhere"])
+def test_an_error_is_said_in_one_line(message):
+    said = train.first_line(RuntimeError(message))
+    assert said == f"RuntimeError: {message.strip().partition(chr(10))[0]}"
+
+
 def test_backend_without_cuda_is_blocked():
     assert train.choose_attention(CPU) == train.choose_attention(torch.device("mps")) == "blocked"
 
