@@ -1219,6 +1219,16 @@ def start_runs(night, call, needs, jobs=1):
     return failed
 
 
+def why_cut_off(training):
+    """Return why a run has no result."""
+    path = training.folder / "runner.err"
+    if path.exists():
+        said = path.read_text("utf-8", "replace").strip()
+        if "Traceback" in said:
+            return f"its runner failed: {said.splitlines()[-1]}"[:LINE]
+    return "its runner was killed, or the machine went down"
+
+
 def outcome(night, call, failed, what):
     """Return None if runs are to be awaited, else the Answer on a failed one or on what waits."""
     if call.going or (call.device_busy and call.may_run):
@@ -1227,7 +1237,7 @@ def outcome(night, call, failed, what):
         return Answer("NEXT", f"{what} waits for its run: {call.again}")
     commit, call.failed = next(iter(failed.items()))
     word = call.failed.word
-    why = call.failed.result.get("why", "its runner was killed, or the machine went down")
+    why = call.failed.result.get("why", why_cut_off(call.failed))
     role = {night.kept: "the parent ", night.base: "the baseline "}.get(commit, "")
     who = f"{role}{commit[:7]} seed {call.failed.seed}"
     if word not in FAILED:
@@ -1871,6 +1881,8 @@ def main():
         answer = Answer("REFUSED", f"{error.filename or 'ratchet.py'}: {error.strerror or error}")
     except KeyboardInterrupt:
         answer = Answer("RUNNING", f"what was started goes on: {ME} wait, or {ME} stop")
+        if call.foreground:
+            answer = Answer("NEXT", f"what was started is ended: {ME} wait runs it again")
     first = max(len(call.lines) - (most - 1), 0)
     for line in call.lines[first:]:
         print(line)

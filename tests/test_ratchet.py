@@ -1135,6 +1135,29 @@ def test_foreground(agent):
 
 
 @pytest.mark.slow
+def test_an_interrupt_ends_what_runs_in_the_foreground(agent):
+    agent.edit(0.9960, last_words=SLOW)
+    call = agent.start_process("try", "--foreground", "width: slow", start_new_session=True)
+    wait_for(agent.folder / "up")
+    os.killpg(call.pid, signal.SIGINT)  # as Ctrl-C does
+    answer = call.communicate()[0].splitlines()[-1]
+    assert answer.startswith("NEXT what was started is ended")
+    agent.write("go", "")
+    assert agent.call("wait")[0] == "KEEP"
+    assert len(agent.rows()) == 4
+
+
+def test_a_runner_that_failed_says_why(tmp_path):
+    training = SimpleNamespace(folder=tmp_path)
+    killed = ratchet.why_cut_off(training)
+    (tmp_path / "runner.err").write_text("no run.log in /here: a note")
+    assert ratchet.why_cut_off(training) == killed
+    error = "OSError: [Errno 28] No space left on device"
+    (tmp_path / "runner.err").write_text(f"Traceback (most recent call last):\n  line\n{error}\n")
+    assert ratchet.why_cut_off(training) == f"its runner failed: {error}"
+
+
+@pytest.mark.slow
 def test_a_person_stops_a_run(agent):
     agent.edit(0.9960, last_words=SLOW)
     call = agent.start_process("try", "width: slow")

@@ -35,7 +35,8 @@ sys.path.insert(0, str(ROOT))
 import prepare  # noqa: E402
 import train  # noqa: E402
 
-ROUNDS, STEPS = 5, 10  # rounds of every comparison; optimizer steps of one
+ROUNDS = 5  # of every comparison
+STEPS = 10  # optimizer steps of one round
 SPAWN = multiprocessing.get_context("spawn")  # a process of its own: settings are process-wide
 FOREVER = 1e9  # seconds
 
@@ -90,7 +91,8 @@ class Gate:
     """A training loader that lets as many batches through as the benchmark asks for."""
 
     def __init__(self, loader, pipe):
-        self.loader, self.pipe = loader, pipe
+        self.loader = loader
+        self.pipe = pipe
 
     def __getattr__(self, name):
         return getattr(self.loader, name)
@@ -147,7 +149,8 @@ def gated_training(pipe, plain):
             pipe.send((seconds(evaluate_bpb, model, tokenizer, batch_size, split), bare))
         return 0.0
 
-    prepare.make_dataloader, prepare.evaluate_bpb = gated_dataloader, compare_evaluation
+    prepare.make_dataloader = gated_dataloader
+    prepare.evaluate_bpb = compare_evaluation
     train.main()
 
 
@@ -218,7 +221,8 @@ class Pieces(torch.nn.Module):
 
     def __init__(self, model, seq_len):
         super().__init__()
-        self.model, self.seq_len = model, seq_len
+        self.model = model
+        self.seq_len = seq_len
 
     def forward(self, idx):
         return self.model(idx.view(-1, self.seq_len)).view(*idx.shape, -1)
@@ -236,10 +240,12 @@ def make_published():
 
     def evaluate_pieces(model, tokenizer, batch_size, split):
         own["own_bpb"] = evaluate_bpb(model, tokenizer, batch_size, split)
-        prepare.MAX_SEQ_LEN, prepare.MAX_IDLE = seq_len, FOREVER
+        prepare.MAX_SEQ_LEN = seq_len
+        prepare.MAX_IDLE = FOREVER
         return evaluate_bpb(Pieces(model, PUBLISHED_SEQ_LEN), tokenizer, batch_size, split)
 
-    prepare.contract, prepare.evaluate_bpb = lambda: contract, evaluate_pieces
+    prepare.contract = lambda: contract
+    prepare.evaluate_bpb = evaluate_pieces
     prepare.MAX_SEQ_LEN = PUBLISHED_SEQ_LEN
     for name, value in PUBLISHED.items():
         setattr(train, name, value)
@@ -250,7 +256,8 @@ def run(pipe, change, budget, seed, compile_cache):
     """Train by train.py's main(), changed or as shipped (None); send its summary."""
     silence()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = compile_cache
-    prepare.TIME_BUDGET, prepare.SEED = budget, seed
+    prepare.TIME_BUDGET = budget
+    prepare.SEED = seed
     more = change() if change else {}
     pipe.send(train.main() | more)
 
@@ -307,7 +314,9 @@ def obvious_loader(tokenizer, batch_size, row_len):
             while len(row) < row_len:
                 while len(buffer) < 1000:
                     buffer.append([tokenizer.bos_token_id, *tokenizer.encode(next(texts))])
-                room, best, shortest = row_len - len(row), None, 0
+                room = row_len - len(row)
+                best = None
+                shortest = 0
                 for i, tokens in enumerate(buffer):
                     if len(tokens) <= room and (best is None or len(tokens) > len(buffer[best])):
                         best = i
@@ -322,7 +331,8 @@ def obvious_loader(tokenizer, batch_size, row_len):
 def measure_loader(batch_size=32):
     torch.set_num_threads(1)
     prepare.TIME_BUDGET = prepare.HARD_LIMIT = FOREVER
-    tokenizer, seq_len = prepare.Tokenizer.from_directory(), prepare.MAX_SEQ_LEN
+    tokenizer = prepare.Tokenizer.from_directory()
+    seq_len = prepare.MAX_SEQ_LEN
     ours = prepare.make_dataloader(tokenizer, batch_size, seq_len, "train", "cpu")
     loaders = [(ours, 400), (obvious_loader(tokenizer, batch_size, seq_len + 1), 10)]
     rounds = []
@@ -344,7 +354,8 @@ def measure_loader(batch_size=32):
 def prepare_alone(pipe, cache):
     """Do what prepare.py does, in a cache; send the peak memory of this process in MiB."""
     silence()
-    prepare.CACHE_DIR, sys.argv = cache, ["prepare.py"]
+    prepare.CACHE_DIR = cache
+    sys.argv = ["prepare.py"]
     prepare.main()
     status = Path("/proc/self/status").read_text()
     pipe.send(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10)

@@ -82,7 +82,9 @@ def warm_up(constants, flash):
             train.main()
         except WarmedUp:
             rows = seen[-1]
-        except SystemExit:
+        except SystemExit as error:
+            if "out of memory" not in str(error):
+                raise
             rows = 0
     print(json.dumps([rows, peaks[-1] / 2**20 if peaks else 0, log.getvalue()]))
 

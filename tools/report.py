@@ -823,7 +823,8 @@ def draw(ax, table, noise):
                 beyond = table[is_beyond & which]
                 mark(beyond, [edge] * len(beyond), "off the scale", marker, color, alpha=0.5)
         best = steps.value.cummin() if ratchet.LOWER_IS_BETTER else steps.value.cummax()
-        x, y = [*steps.number, last], [*best, best.iloc[-1]]
+        x = [*steps.number, last]
+        y = [*best, best.iloc[-1]]
         ax.plot(x, y, color=BLUE, lw=1.3, drawstyle="steps-post", label="best so far")
         dots = steps[steps.value.between(low, high)]
         mark(dots, dots.value, "kept", "o", BLUE, ms=small + 1.5)

@@ -29,7 +29,7 @@ from ratchet import Run, judge, noise_of
 RUNS = 100  # of a night, baselines included
 RUN_SECONDS = 375  # what a run takes, with compiling and evaluation
 HOUR = 10  # runs in an hour
-SEEDS = (42, 43, 44)
+SEEDS = ratchet.SEEDS
 LOSS = 3.0  # mean loss of a bad idea
 MIXES = ((0.2, 0.5), (0.2, 2.0), (0.1, 1.0))  # share of good ideas, their mean gain
 POOR_MIXES = ((0.05, 1.0), (0.1, 0.3))  # the same, of a night whose easy ideas are gone
