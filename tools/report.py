@@ -848,7 +848,8 @@ def picture(title, runs, labels=None):
     text = sentence(title, table)
     ax.set_title(text, loc="left", fontsize=10 if len(text) < 85 else 8, pad=18, parse_math=False)
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "ncols": 8}
-    entries = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    handles, names = ax.get_legend_handles_labels()
+    entries = dict(zip(names, handles, strict=True))
     order = [label for label in LEGEND if label in entries]
     order += [label for label in entries if label not in LEGEND]
     style = {"frameon": False, "fontsize": 8, "handlelength": 1.2, "columnspacing": 1.2}
