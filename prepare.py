@@ -479,7 +479,7 @@ def build_python():
         path = temporary / f"{stems[split]}.parquet"
         pq.write_table(pa.table({"text": texts}), path, GROUP_DOCUMENTS, compression="zstd")
     temporary.replace(folder("data"))
-    print(f"python corpus written; {num_unreadable} files were not readable")
+    print(f"python corpus written, without {num_unreadable} files that cannot be read")
 
 
 def open_shard(path):
@@ -1124,7 +1124,9 @@ def print_machine_state():
     memory = gpu_memory_of_others()
     state = "busy" if share > MAX_SHARE_TAKEN or memory > MAX_OTHERS_GIB else "quiet"
     what = f"took {share:.1%} of the processor time that training needed"
-    print(f"machine {state}: others {what} and hold {memory:.1f} GiB of the GPU")
+    if HAS_CUDA:
+        what += f" and hold {memory:.1f} GiB of the GPU"
+    print(f"machine {state}: others {what}")
 
 
 # --- Metric ---------------------------------------------------------------------------------------

@@ -153,6 +153,7 @@ def judge(idea, parent, noise, simpler=False):
 
 STATUSES = ("keep", "discard", "crash")
 SEEDS = (42, 43, 44)  # of the baseline; an idea has the first one, and the second if unclear
+SLOW = 0.95  # share of the steps that the same code has made before, below which a run is slow
 PARENT_AGAIN = "parent again"  # describes a run of a kept commit beside an idea
 NO_EFFECT = "; no effect"  # ends the description of an idea whose losses are its parent's
 BESIDE = "; beat its bar beside "  # ends that of the second best of a wave, then the best one
@@ -982,9 +983,12 @@ def running(night, call):
     """Return the Answer while a run goes on: how long it will take yet."""
     if not call.going:
         return Answer("BUSY", f"another training has this device: {call.again}")
+    at_most = "at most "
     usual = hard_limit(night.base)
     for training in night.valid(night.base) + night.valid(night.kept):
-        usual = training.result["total_seconds"] or usual
+        if training.result["total_seconds"]:
+            at_most = ""
+            usual = training.result["total_seconds"]
     left = max(0.0, call.going[0].started + usual - time.time())
     who = ", ".join(f"{training.commit} seed {training.seed}" for training in call.going)
     more = len(night.baseline_left) - len(call.going)
@@ -992,7 +996,7 @@ def running(night, call):
         who += f" and {more} more of the baseline"
     if night.head != night.kept and is_unclear(night, night.head):
         who += f" ({night.head[:7]} was unclear: it and its parent both run once more)"
-    return Answer("RUNNING", f"{left:.0f} s left of {who}: {call.again}")
+    return Answer("RUNNING", f"{at_most}{left:.0f} s left of {who}: {call.again}")
 
 
 def step(night, call):
@@ -1089,7 +1093,21 @@ def book_parent(night, call):
             words = "baseline"
         row = row_of(training, "keep", words)
         night.book([row])
-        call.say(f"{row.commit} {words}, seed {row.seed}: {METRIC} {figure(row.value)}")
+        said = f"{row.commit} {words}, seed {row.seed}: {METRIC} {figure(row.value)}"
+        call.say(said + speed_beside(night, training))
+
+
+def speed_beside(night, training):
+    """Return what to say of a run's steps beside those of the same code before, if it has any."""
+    steps = training.result["steps"]
+    if not steps:
+        return ""
+    others = [t for t in night.valid(training.commit) if t.started < training.started]
+    before = [t.result["steps"] for t in others if t.result["steps"]]
+    said = f", {steps} steps"
+    if before and steps < SLOW * max(before):
+        said += f" (up to {max(before)} before: the machine was slower, which makes noise)"
+    return said
 
 
 def put_back(night, call):
@@ -1313,9 +1331,9 @@ def verdict_on(night, commit):
     if simpler:
         text += ", less code"
     ours = night.valid(commit)
-    theirs = night.valid(experiment.parent)
+    theirs = night.valid(experiment.parent, ours[-1].seed) if ours else []
     for key, unit in (("steps", "steps"), ("compile", "to compile")):
-        if ours and theirs and ours[-1].result[key] != theirs[-1].result[key]:
+        if theirs and ours[-1].result[key] != theirs[-1].result[key]:
             text += f", {ours[-1].result[key]} {unit} (the parent {theirs[-1].result[key]})"
     return Answer(word, text)
 
@@ -1411,7 +1429,10 @@ def begin_night(tag, facts):
     """Check that a night can begin here; write tag, ledger and branch, in this order."""
     refuse_edits(name for name in edited_files() if name.endswith((".py", ".toml")))
     if git_or_none("var", "GIT_COMMITTER_IDENT") is None:
-        raise Refused("git needs user.name and user.email: git config user.email you@localhost")
+        raise Refused(
+            "git has no name and email for you:"
+            " git config user.name NAME, and git config user.email EMAIL"
+        )
     if LEDGER.exists() and read_ledger(LEDGER)[0]:
         raise Refused(f"{LEDGER.name} is of another night: move it away")
     write_facts(tag, "HEAD", facts)
@@ -1515,8 +1536,13 @@ def verb_drop(options, call):
             set_edit_aside(night.head, call)
             said = f"{CANVAS} is as committed again, and nothing is booked"
             if night.experiments and night.experiments[-1].status == "keep":
-                said += f"; {night.kept[:7]} stays kept: drop again to take it back"
+                said += f"; {night.kept[:7]} stays kept"
+                if not night.over():
+                    said += ": drop again to take it back"
             return Answer("DISCARD", said)
+        if night.over():
+            again = f"{ME} start {night.tag} --renew, then drop"
+            raise Refused(f"nothing is left over; to take back the kept {night.kept[:7]}: {again}")
         return drop_kept(night, call, why)
 
 
@@ -1594,12 +1620,12 @@ def look_lines(night, num_near):
     base = [row.run for row in night.rows if row.commit == night.base[:7]]
     if not base:
         return lines
+    if night.baseline_left:
+        done = len(SEEDS) - len(night.baseline_left)
+        lines.append(f"{METRIC} {figure(mean_value(base))} after {done} of {len(SEEDS)} baselines")
+        return lines
     kept = [e for e in night.experiments if e.status == "keep"]
-    now = mean_value([row.run for row in night.rows_of(night.kept)])
-    lines.append(
-        f"{METRIC} {figure(mean_value(base))} at first, {figure(now)} at {night.kept[:7]}; "
-        f"{len(kept)} kept; noise {figure(night.noise, 3)}"
-    )
+    lines.append(score_line(night, base, len(kept)))
     for experiment in sorted(kept, key=lambda e: -e.gain)[:3]:
         gain = f"+{figure(experiment.gain, 3)}"
         lines.append(shorten(f"kept {experiment.commit} {gain} {experiment.idea}"))
@@ -1615,6 +1641,20 @@ def look_lines(night, num_near):
     if others:
         lines.append(shorten(f"edited and left alone: {', '.join(others)}"))
     return lines
+
+
+def score_line(night, base, num_kept):
+    """Return where the score stands, and what an idea has to gain to be kept after one run."""
+    line = f"{METRIC} {figure(mean_value(base))} at first (mean of {len(base)})"
+    parent = [row.run for row in night.rows_of(night.kept)]
+    if num_kept:
+        now = f"{figure(mean_value(parent))} at {night.kept[:7]}"
+        line += f", {now} (mean of {len(parent)})" if len(parent) > 1 else f", {now} (one run)"
+    line += f"; {num_kept} kept; noise {figure(night.noise, 3)}"
+    needed = judge([Run("", SEEDS[0], 0.0)], parent, night.noise).bar
+    if math.isfinite(needed):
+        line += f": a gain above {figure(needed, 3)} is kept at once"
+    return line
 
 
 def shorten(line, most=90):
@@ -1677,7 +1717,7 @@ def verb_show(options, call):
         show_end_of_log(call, training, lines=8)
     if night.rows_of(commit):
         return verdict_on(night, commit)
-    return Answer("NEXT", f"{commit[:7]} has no row; {ME} look")
+    return Answer("NEXT", f"{commit[:7]} has no result that counts: {ME} look")
 
 
 def show_end_of_log(call, training, lines):
@@ -1704,7 +1744,8 @@ def verb_stop(options, call):
         with one_at_a_time():
             night = Night()
             write_facts(night.tag, night.base, night.facts | {"stopped": int(time.time())})
-        return Answer("OVER", "the night is over; nothing was booked")
+        said = "the night is over; a run that was ended is not counted"
+        return Answer("OVER", f"{said}: {ME} look says what is left over")
     return Answer("NEXT", f"nothing was booked: {ME} wait runs it again, {ME} drop gives it up")
 
 
@@ -1821,7 +1862,7 @@ def make_parser():
         verb = verbs.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
         if runs:
             verb.add_argument("--foreground", action="store_true", help="train as a child process")
-            verb.add_argument("--seconds", type=float, help="answer RUNNING after so many")
+            verb.add_argument("--seconds", type=float, help="answer RUNNING after so many (540)")
         return verb
 
     start = add("start", "begin a night, or go on with one; run the baseline", runs=True)

@@ -51,14 +51,15 @@ def night(tmp_path):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     env = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "RECIPE": str(recipe)}
+    somebody = {"GIT_COMMITTER_NAME": "nobody", "GIT_COMMITTER_EMAIL": "nobody@localhost"}
 
-    def run(*steps, command=("agent", "-p", "two words")):
+    def run(*steps, command=("agent", "-p", "two words"), identity=somebody):
         (recipe / "script").write_text("".join(f"{step}\n" for step in steps))
         line = ["bash", str(recipe / "docs/agents/night.sh"), *command]
         ended = subprocess.run(
             line,
             cwd=tmp_path,
-            env=env,
+            env=env | identity,
             input="not for the agent\n",
             capture_output=True,
             text=True,
@@ -106,6 +107,13 @@ def test_no_such_agent_is_one_line_and_no_wait(night):
         assert ended.returncode == 2
         assert len(ended.stderr.splitlines()) == 1
         assert not (night.recipe / "slept").exists()
+
+
+def test_git_that_knows_no_name_is_said_before_the_night(night):
+    ended = night(identity={"GIT_COMMITTER_NAME": "", "GIT_COMMITTER_EMAIL": ""})
+    assert ended.returncode == 2
+    assert "git config user.name" in ended.stderr and len(ended.stderr.splitlines()) == 1
+    assert not (night.recipe / "starts").exists()
 
 
 def test_interrupt_ends_the_loop(night):

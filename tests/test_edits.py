@@ -208,12 +208,12 @@ def biases(source):
 
 @edit(1, lambda run: len(run.model.blocks[0].attn.c_k.weight) == 2)
 def multi_query(source):
-    return patch(source, ("model_dim, n_head, n_head, backend", "model_dim, n_head, 1, backend"))
+    return patch(source, ('"n_kv_head": n_head', '"n_kv_head": 1'))
 
 
 @edit(1, lambda run: len(run.model.blocks[0].attn.c_k.weight) == 4)
 def two_kv_heads(source):
-    return patch(source, ("model_dim, n_head, n_head, backend", "model_dim, n_head, 2, backend"))
+    return patch(source, ('"n_kv_head": n_head', '"n_kv_head": 2'))
 
 
 def num_tables(run):
@@ -350,7 +350,7 @@ def second_target(source):
             "        loss = " + apply + "        x = self.second(x[:, :-1])\n"
             "        return loss + " + second,
         ),
-        ('name.startswith("blocks.")', 'name.startswith(("blocks.", "second."))'),
+        ('parts[0] == "blocks"', 'parts[0] in ("blocks", "second")'),
     )
 
 

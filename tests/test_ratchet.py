@@ -1147,6 +1147,54 @@ def test_an_interrupt_ends_what_runs_in_the_foreground(agent):
     assert len(agent.rows()) == 4
 
 
+def test_the_parents_steps_are_those_under_the_ideas_seed(agent):
+    base = agent.git("rev-parse", "--short=7", "base/autoresearch/nov21^0")
+    for seed, steps in ((42, 500), (43, 459), (44, 510)):
+        path = agent.folder / "runs" / f"{base}-{seed}" / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": steps}))
+    assert "953 steps (the parent 500)" in agent.attempt("width: wider", 0.9)[1]
+
+
+def test_a_run_that_was_slower_than_the_same_code_before_is_said(agent):
+    def said(*steps):
+        runs = [
+            SimpleNamespace(commit="ba5e000", started=started, result={"steps": number})
+            for started, number in enumerate(steps)
+        ]
+        night = SimpleNamespace(valid=lambda commit: runs)
+        return [ratchet.speed_beside(night, run) for run in runs]
+
+    assert said(500, 459, None, 510) == [
+        ", 500 steps",
+        ", 459 steps (up to 500 before: the machine was slower, which makes noise)",
+        "",
+        ", 510 steps",
+    ]
+
+
+def test_look_says_what_an_idea_has_to_gain(agent):
+    _, out = agent.call("look")
+    assert "0.997900 at first (mean of 3); 0 kept" in out
+    found = re.search(r"noise (\S+): a gain above (\S+) is kept at once", out)
+    noise, needed = map(float, found.groups())
+    assert needed == pytest.approx(ratchet.HIGH * noise * 2**0.5, rel=0.01)
+    assert agent.attempt("width: enough", 0.9979 - 1.02 * needed)[0] == "KEEP"
+    assert len(agent.rows()) == 4
+    assert "(mean of 3), 0.997" in agent.call("look")[1]
+
+
+def test_once_the_night_is_over_drop_takes_no_keep_back(agent):
+    agent.attempt("width: wider", 0.9960)
+    kept = agent.head()
+    agent.call("stop", "--night")
+    word, out = agent.call("drop", "no time was left")
+    assert word == "REFUSED" and "nothing is left over" in out
+    assert agent.head() == kept
+    agent.call("start", "nov21", "--renew")
+    assert agent.call("drop", "too ugly")[0] == "DISCARD"
+    assert agent.head() != kept
+
+
 def test_a_runner_that_failed_says_why(tmp_path):
     training = SimpleNamespace(folder=tmp_path)
     killed = ratchet.why_cut_off(training)

@@ -16,6 +16,10 @@ if ! command -v "${1:-}" > /dev/null; then
     exit 2
 fi
 cd "$(dirname "$0")/../.." || exit 2
+if ! git var GIT_COMMITTER_IDENT > /dev/null 2>&1; then
+    echo "night.sh: git has no name and email: git config user.name NAME; git config user.email EMAIL" >&2
+    exit 2
+fi
 trap 'exit 130' INT TERM
 
 ledger() {
