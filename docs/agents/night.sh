@@ -4,10 +4,11 @@
 #     bash docs/agents/night.sh COMMAND...
 #
 # COMMAND runs the agent once, without questions, and ends when the agent stops; README.md beside this
-# file has the commands. The loop ends in one of three ways:
+# file has the commands. The loop ends in one of these ways:
 #   status 0    ratchet.py says that the night is over
 #   status 1    five starts in a row changed nothing in results.tsv; the waits between them are 1, 4, 16
 #               and 64 minutes, so that an outage or a limit of the account may pass
+#   status 2    nothing was begun: there is no such command, or git has no name and email
 #   status 130  Ctrl-C; a training that is going goes on until `uv run ratchet.py stop`
 set -u
 
