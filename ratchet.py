@@ -983,7 +983,7 @@ def running(night, call):
     """Return the Answer while a run goes on: how long it will take yet."""
     if not call.going:
         return Answer("BUSY", f"another training has this device: {call.again}")
-    at_most = "at most "
+    at_most = "" if night.facts["launch"] else "at most "  # a scheduler may let it wait
     usual = hard_limit(night.base)
     for training in night.valid(night.base) + night.valid(night.kept):
         if training.result["total_seconds"]:
@@ -993,7 +993,7 @@ def running(night, call):
     who = ", ".join(f"{training.commit} seed {training.seed}" for training in call.going)
     more = len(night.baseline_left) - len(call.going)
     if more > 0:
-        who += f" and {more} more of the baseline"
+        who += f", then {more} more of the baseline"
     if night.head != night.kept and is_unclear(night, night.head):
         who += f" ({night.head[:7]} was unclear: it and its parent both run once more)"
     return Answer("RUNNING", f"{at_most}{left:.0f} s left of {who}: {call.again}")
@@ -1397,6 +1397,7 @@ def tree_with(head, old, new):
 # --- Verbs ----------------------------------------------------------------------------------------
 
 CALL_SECONDS = 540  # after which try and wait answer RUNNING; clients end calls after ten minutes
+UNLIMITED = ("wave", "final")  # verbs for people, which answer when all is done
 IDEA_CHARACTERS = 200
 
 
@@ -1541,8 +1542,7 @@ def verb_drop(options, call):
                     said += ": drop again to take it back"
             return Answer("DISCARD", said)
         if night.over():
-            again = f"{ME} start {night.tag} --renew, then drop"
-            raise Refused(f"nothing is left over; to take back the kept {night.kept[:7]}: {again}")
+            raise Refused("the night is over, and nothing is left over: what is kept stays kept")
         return drop_kept(night, call, why)
 
 
@@ -1588,7 +1588,8 @@ def verb_look(options, call):
     except NoNight as error:
         return Answer("NEXT", str(error))
     night = Night()
-    said = [*night.notes[:1], *call.lines][-2:]
+    notes = night.notes[:1]
+    said = notes + call.lines[len(notes) - 2 :]
     call.lines = said + look_lines(night, num_near=2 - len(said))
     return answer
 
@@ -1635,7 +1636,7 @@ def look_lines(night, num_near):
         gain = f"+{figure(experiment.gain, 3)} of {figure(needed, 3)}"
         lines.append(shorten(f"near {experiment.commit} {gain} {experiment.idea}"))
     for row in night.rows[-2:]:
-        commit, value, memory_gb, status, words = format_row(row).strip().split("\t")
+        commit, value, memory_gb, status, words = format_row(row).rstrip("\n").split("\t")
         lines.append(shorten(f"row  {commit} {value} {memory_gb} GB {status} {words}"))
     others = [name for name in edited_files() if name != CANVAS]
     if others:
@@ -1862,7 +1863,11 @@ def make_parser():
         verb = verbs.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
         if runs:
             verb.add_argument("--foreground", action="store_true", help="train as a child process")
-            verb.add_argument("--seconds", type=float, help="answer RUNNING after so many (540)")
+            usual = f"{CALL_SECONDS}; no limit in the foreground"
+            if name in UNLIMITED:
+                usual = "no limit"
+            help_text = f"answer RUNNING after so many ({usual})"
+            verb.add_argument("--seconds", type=float, metavar="N", help=help_text)
         return verb
 
     start = add("start", "begin a night, or go on with one; run the baseline", runs=True)
@@ -1898,6 +1903,16 @@ def make_parser():
     return parser
 
 
+def interrupted(call):
+    """Return the Answer after Ctrl-C, which has also reached what runs in the foreground."""
+    end = time.monotonic() + STOP_SECONDS + 1
+    while call.foreground and time.monotonic() < end:
+        if not any(is_going(training.folder) for training in call.going):
+            return Answer("NEXT", f"what was started is ended: {call.again} runs it again")
+        time.sleep(POLL_SECONDS[0])
+    return Answer("RUNNING", f"what was started goes on: {call.again}, or {ME} stop")
+
+
 def main():
     words = sys.argv[1:]
     if words[:1] == ["_run"]:  # not for people
@@ -1908,7 +1923,7 @@ def main():
     try:
         options = make_parser().parse_args(words)
         if hasattr(options, "seconds"):
-            unlimited = options.foreground or options.verb in ("wave", "final")
+            unlimited = options.foreground or options.verb in UNLIMITED
             default = math.inf if unlimited else CALL_SECONDS
             seconds = default if options.seconds is None else options.seconds
             again = f"{ME} {'final' if options.verb == 'final' else 'wait'}"
@@ -1921,9 +1936,7 @@ def main():
     except OSError as error:
         answer = Answer("REFUSED", f"{error.filename or 'ratchet.py'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        answer = Answer("RUNNING", f"what was started goes on: {ME} wait, or {ME} stop")
-        if call.foreground:
-            answer = Answer("NEXT", f"what was started is ended: {ME} wait runs it again")
+        answer = interrupted(call)
     first = max(len(call.lines) - (most - 1), 0)
     for line in call.lines[first:]:
         print(line)

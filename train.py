@@ -597,7 +597,7 @@ def lr_multiplier(progress):
 def muon_momentum(step):
     """Return Muon's momentum at a step."""
     first, last = MUON_MOMENTUM
-    return first + (last - first) * min(step / MUON_MOMENTUM_STEPS, 1)
+    return first + (last - first) * min(step / max(MUON_MOMENTUM_STEPS, 1), 1)
 
 
 def muon_weight_decay(progress):

@@ -233,6 +233,7 @@ def test_start(fresh):
 def test_baseline(at_baseline):
     base = at_baseline.git("rev-parse", "base/autoresearch/nov21^0")[:7]
     assert at_baseline.said[0] == "NEXT"
+    assert at_baseline.said[1].count(", 953 steps") == 3
     assert at_baseline.rows() == [
         (base, "0.997900", "44.0", "keep", "baseline, seed 42"),
         (base, "0.997500", "44.0", "keep", "baseline, seed 43"),
@@ -396,7 +397,7 @@ def test_the_baseline_says_how_many_runs_are_left(fresh):
     fresh.edit(0.9979, 0.9975, 0.9983, last_words=SLOW)
     fresh.git("commit", "-qam", "slow")
     word, said = fresh.call("start", "nov21", "--seconds", "0")
-    assert word == "RUNNING" and "seed 42 and 2 more of the baseline" in said
+    assert word == "RUNNING" and "seed 42, then 2 more of the baseline" in said
     fresh.write("go", "")
     assert fresh.call("wait")[0] == "NEXT"
 
@@ -1105,6 +1106,8 @@ def test_an_orphan_keeps_the_device_and_gives_nobody_its_result(agent):
     out = call.communicate()[0]
     assert out.splitlines()[-1].startswith("BUSY")
     assert agent.call("wait", "--seconds", "0.1")[0] == "BUSY"
+    (folder / "runner.err").write_text("Traceback (most recent call last):\nOSError: no room\n")
+    assert "its runner failed: OSError: no room" in agent.call("wait", "--seconds", "0.1")[1]
     agent.write("go", "")
     assert agent.call("wait")[0] == "KEEP"
     assert len(agent.rows()) == 4
@@ -1142,6 +1145,7 @@ def test_an_interrupt_ends_what_runs_in_the_foreground(agent):
     os.killpg(call.pid, signal.SIGINT)  # as Ctrl-C does
     answer = call.communicate()[0].splitlines()[-1]
     assert answer.startswith("NEXT what was started is ended")
+    assert (agent.runs(agent.head())[0] / "result.json").exists()
     agent.write("go", "")
     assert agent.call("wait")[0] == "KEEP"
     assert len(agent.rows()) == 4
@@ -1188,7 +1192,7 @@ def test_once_the_night_is_over_drop_takes_no_keep_back(agent):
     kept = agent.head()
     agent.call("stop", "--night")
     word, out = agent.call("drop", "no time was left")
-    assert word == "REFUSED" and "nothing is left over" in out
+    assert word == "REFUSED" and "nothing is left over" in out and "--renew" not in out
     assert agent.head() == kept
     agent.call("start", "nov21", "--renew")
     assert agent.call("drop", "too ugly")[0] == "DISCARD"
@@ -1548,6 +1552,21 @@ def test_the_answers_of_an_experiment_are_short(agent):
     _, looked = agent.call("look")  # a warning is worth more than a near miss
     assert looked.count("\n") <= 15
     assert "is left out" in looked and "notes.md" in looked and "kept " in looked
+
+
+@pytest.mark.slow
+def test_look_names_a_stray_line_whatever_else_it_says(agent):
+    agent.edit(0.9960, last_words=SLOW)
+    assert agent.call("try", "--seconds", "0", "width: wider")[0] == "RUNNING"
+    wait_for(agent.folder / "up")
+    with (agent.folder / "results.tsv").open("a") as ledger:
+        ledger.write(f"{agent.head()[:6]}0\t1.0\t44.0\tdiscard\t\n")  # a row without words
+        ledger.write("a stray line\n")
+    agent.edit(0.5)
+    agent.write("go", "")
+    wait_for(agent.runs(agent.head())[0] / "result.json")
+    _, looked = agent.call("look")
+    assert "is left out" in looked and "edited meanwhile" in looked
 
 
 @pytest.mark.parametrize("words", ["x: y", "x: y, seed 43", "x: y, seed 42", "x: seed 43, seed 43"])
