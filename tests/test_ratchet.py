@@ -1102,12 +1102,11 @@ def test_an_orphan_keeps_the_device_and_gives_nobody_its_result(agent):
     call = agent.start_process("try", "width: slow")
     wait_for(agent.folder / "up")
     folder = agent.runs(agent.head())[0]
-    os.kill(int((folder / "alive").read_text()), signal.SIGKILL)  # the runner: training lives on
-    out = call.communicate()[0]
-    assert out.splitlines()[-1].startswith("BUSY")
-    assert agent.call("wait", "--seconds", "0.1")[0] == "BUSY"
     (folder / "runner.err").write_text("Traceback (most recent call last):\nOSError: no room\n")
-    assert "its runner failed: OSError: no room" in agent.call("wait", "--seconds", "0.1")[1]
+    os.kill(int((folder / "alive").read_text()), signal.SIGKILL)  # the runner: training lives on
+    answer = call.communicate()[0].splitlines()[-1]
+    assert answer.startswith("BUSY") and "its runner failed: OSError: no room" in answer
+    assert agent.call("wait", "--seconds", "0.1")[0] == "BUSY"
     agent.write("go", "")
     assert agent.call("wait")[0] == "KEEP"
     assert len(agent.rows()) == 4
